@@ -1,0 +1,532 @@
+"""What the four training scripts and evaluate.py share: arguments, networks, data, PGD, mHuber, run folders.
+
+Nothing here decides the method; that is in the scripts. Conventions: images are float tensors N x 3 x H x W in [0, 1],
+networks return logits N x C, perturbations are L-infinity in the unit of the images. Under torchrun every process runs
+the same code on its part of each batch (RANK, WORLD); without it WORLD is 1 and nothing is distributed.
+"""
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.utils import download_url, extract_archive
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DATASETS = ("cifar10", "cifar100", "tinyimagenet", "folder", "shapes")
+
+
+# ---------------------------------------------------------------------------------------------- arguments and messages
+
+def say(*text):
+    """Print, from one process only, at once."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 2: an error the user can mend."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, its errors in one line, its help with the defaults."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
+    def parse(text):
+        try:
+            top, _, bottom = text.partition("/")
+            value = float(top) / float(bottom) if bottom else kind(top)
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number such as {'100' if kind is int else '8/255'}")
+        if not low <= value <= high:
+            hint = f"; images are in [0, 1], did you mean {text}/255?" if high == 1 and value > 1 else ""
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}{hint}")
+        return value
+    return parse
+
+
+def setup(device):
+    """Choose the device ("auto": CUDA if there is one), join the other processes of torchrun; returns torch.device."""
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        fail(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block of WideResNet (Zagoruyko & Komodakis 2016), parameters named as in TRADES' code."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x), inplace=True)
+        skip = x if self.convShortcut is None else self.convShortcut(out)
+        return skip + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+
+
+class WideResNet(nn.Module):
+    """WideResNet-depth-widen; the paper's is 34-10. Images of any size from 8 x 8 up, logits N x num_classes."""
+
+    def __init__(self, depth, widen, num_classes):
+        super().__init__()
+        blocks, widths = (depth - 4) // 6, (16, 16 * widen, 32 * widen, 64 * widen)
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        for i in (1, 2, 3):
+            layer = [WideBlock(widths[i - 1 if b == 0 else i], widths[i], 2 if b == 0 and i > 1 else 1)
+                     for b in range(blocks)]
+            self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*layer)}))
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block["layer"](x)
+        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
+
+
+def make_model(arch, num_classes):
+    """`resnet18` (torchvision's, with the CIFAR stem: 3x3 stride-1 convolution, no max-pool) or `wrn-<depth>-<widen>`."""
+    if arch == "resnet18":
+        model = torchvision.models.resnet18(num_classes=num_classes)
+        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+        model.maxpool = nn.Identity()
+        return model
+    size = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
+    if not size or (depth := int(size[1])) < 10 or (depth - 4) % 6 or not (widen := int(size[2])):
+        fail(f"--arch {arch}: unknown; take resnet18 or wrn-<depth>-<widen> with a depth of 6n+4, such as wrn-34-10")
+    return WideResNet(depth, widen, num_classes)
+
+
+def fold_batchnorm(model):
+    """An eval-mode twin of `model` for attacks: every batch norm that follows a convolution is folded into it.
+
+    Same logits up to float rounding in fewer passes over memory. The twin shares all other tensors with the model, needs
+    no parameter gradient and leaves the model as it is; `twin.refresh()` folds anew after the weights have changed.
+    """
+    twin = torch.fx.symbolic_trace(copy.deepcopy(model)).eval().requires_grad_(False)
+    source = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        tensor.data = source[name].data
+    modules, folds = dict(twin.named_modules()), []
+    for node in list(twin.graph.nodes):
+        before = node.args[0] if node.args else None
+        bn, conv = modules.get(str(node.target)), modules.get(str(getattr(before, "target", None)))
+        if isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(before.users) == 1:
+            folds.append((bn, conv.weight.data, conv))
+            conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
+            conv.bias = nn.Parameter(torch.empty_like(bn.bias), requires_grad=False)
+            node.replace_all_uses_with(before)
+            twin.graph.erase_node(node)
+    twin.recompile()
+
+    @torch.no_grad()
+    def refresh():
+        for bn, weight, conv in folds:  # bn(w * x) = (s w) * x + (b - s mean),  s = gamma / sqrt(var + eps)
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            torch.mul(weight, scale[:, None, None, None], out=conv.weight)
+            torch.addcmul(bn.bias, scale, bn.running_mean, value=-1, out=conv.bias)
+    refresh()
+    twin.refresh = refresh
+    return twin
+
+
+def accelerate(net, args, parallel=False):
+    """`net` as the training loop calls it: DistributedDataParallel, torch.compile (--compile), bfloat16 (--amp)."""
+    run = net
+    if parallel and WORLD > 1:  # batch norm's statistics stay each process's own until the epoch ends
+        run = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    if args.compile:
+        run = torch.compile(run)
+    if not args.amp:
+        return run
+
+    def forward(x):  # losses, EMA and projection stay outside autocast, in float32
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = run(x)
+        return logits.float()
+    forward.refresh = getattr(net, "refresh", None)
+    return forward
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+class Data(NamedTuple):
+    """Images uint8 N x 3 x H x W, labels int64 N."""
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    num_classes: int
+
+
+def load_data(name, data_dir):
+    """The data set `name` (one of DATASETS), downloaded into or read from `data_dir`; exits in one line if it cannot."""
+    data_dir = Path(data_dir)
+    if WORLD > 1 and RANK > 0:
+        dist.barrier()  # process 0 downloads and fills the cache, the others then find it
+    try:
+        if name == "shapes":
+            data = Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), 10)
+        elif name in ("cifar10", "cifar100"):
+            sets = [(CIFAR10 if name == "cifar10" else CIFAR100)(data_dir, train, download=True) for train in (True, False)]
+            tensors = [t for s in sets for t in (torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets))]
+            data = Data(*tensors, len(sets[0].classes))
+        else:
+            data = decode_cached(data_dir / f"{name}.cache.pt", *(tinyimagenet if name == "tinyimagenet" else folder)(data_dir))
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        fail(f"--dataset {name}: cannot be had from {data_dir.resolve()} ({str(error).splitlines()[0]}); "
+             "connect to the internet, put the files there, or take --dataset shapes, which needs no download")
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    return data
+
+
+def hold_out(data, args, device):
+    """x_train, y_train, x_val, y_val on the device: --val-size training images, the same for every seed, are held out."""
+    n = len(data.x_train) - args.val_size
+    if n < args.batch_size or args.batch_size // WORLD < 2 or args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}: each of {WORLD} processes needs the same number of images a batch, at least "
+             f"two, and an epoch one batch; there are {len(data.x_train)} training images, {args.val_size} held out")
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
+    return [t[part].to(device) for part in (order[:n], order[n:]) for t in (data.x_train, data.y_train)]
+
+
+def folder(root):
+    """Any ImageFolder tree with train/ and test/ (or val/): two lists of (path, label) and the number of classes."""
+    test = next((root / split for split in ("test", "val") if (root / split).is_dir()), None)
+    if test is None or not (root / "train").is_dir():
+        raise ValueError("it needs the folders train/ and test/ (or val/) with a folder of images per class in each")
+    train, test = ImageFolder(root / "train"), ImageFolder(test)
+    if train.classes != test.classes:
+        raise ValueError(f"train and test differ in the classes {sorted(set(train.classes) ^ set(test.classes))[:5]}")
+    return train.samples, test.samples, len(train.classes)
+
+
+def tinyimagenet(data_dir):
+    """tiny-imagenet-200, its val split as the test set; as `folder`."""
+    root = data_dir / "tiny-imagenet-200"
+    if not root.is_dir():  # unpacked aside and renamed, so that a half-unpacked folder is never taken for a whole one
+        download_url(TINY_URL, data_dir, md5=TINY_MD5)
+        extract_archive(data_dir / "tiny-imagenet-200.zip", data_dir / "tiny-imagenet-200.tmp")
+        (data_dir / "tiny-imagenet-200.tmp" / root.name).rename(root)
+        (data_dir / "tiny-imagenet-200.tmp").rmdir()
+    train = ImageFolder(root / "train")
+    rows = (line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines())
+    test = [(str(root / "val" / "images" / row[0]), train.class_to_idx[row[1]]) for row in rows]
+    return train.samples, test, len(train.classes)
+
+
+TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def decode_cached(cache, train, test, num_classes):
+    """Decode (path, label) lists to Data once; the tensors are kept in `cache` until a path, size or date changes."""
+    stats = [(path, label, (s := os.stat(path)).st_size, s.st_mtime_ns) for path, label in train + test]
+    signature = hashlib.sha256(repr((len(train), stats)).encode()).hexdigest()
+    try:
+        saved = torch.load(cache, weights_only=True)
+        if saved["signature"] == signature:
+            return Data(*saved["data"])
+    except Exception:  # no cache, an unreadable one: decode
+        pass
+    say(f"decoding {len(stats):,} images into {cache} (once)")
+    images = None
+    for i, (path, *_) in enumerate(stats):
+        try:
+            image = np.asarray(Image.open(path).convert("RGB"))
+        except (OSError, SyntaxError):
+            fail(f"{path} is not a readable image; replace or remove it")
+        images = np.empty((len(stats), *image.shape), np.uint8) if images is None else images
+        if image.shape != images.shape[1:]:
+            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, {stats[0][0]} is {images.shape[2]}x{images.shape[1]}; "
+                 "resize the images to one size")
+        images[i] = image
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([label for _, label, *_ in stats])
+    data = Data(x[:len(train)], y[:len(train)], x[len(train):], y[len(train):], num_classes)
+    try:
+        save({"signature": signature, "data": tuple(data)}, cache)
+    except (OSError, RuntimeError) as error:
+        say(f"note: {cache} cannot be written ({error}); the next start decodes again")
+    return data
+
+
+def draw_shapes(n, seed):
+    """Ten drawn classes, 32 x 32: what is learnt from the shape is robust, the faint pattern of each class is not.
+
+    A shape in a random colour, place, size and small rotation stands out by 0.2 to 0.4; a tile of +-2/255 peculiar to
+    the class covers the image: enough for natural training to rely on, and less than an attack of 8/255 can undo.
+    """
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randperm(n, generator=g) % 10
+    x = torch.empty(n, 3, 32, 32)
+    tile = torch.randint(0, 2, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 4 - 2  # the same for all seeds
+    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+
+    for label in range(10):
+        index = (y == label).nonzero()[:, 0]
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(len(index), *shape, generator=g)
+        angle, size = uniform(-0.25, 0.25, 1, 1), uniform(8, 12, 1, 1)
+        dx, dy = column - uniform(12, 20, 1, 1), row - uniform(12, 20, 1, 1)
+        u, v = (angle.cos() * dx + angle.sin() * dy) / size, (angle.cos() * dy - angle.sin() * dx) / size
+        a, b, r = u.abs(), v.abs(), (u * u + v * v).sqrt()
+        box = torch.maximum(a, b) < 0.9
+        mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.25), (r < 1) & (r > 0.6),
+                a + b < 1, box & (v * 2 % 1 < 0.5), box & (u * 2 % 1 < 0.5),
+                box & ((u * 2).floor() + (v * 2).floor()).remainder(2).bool(), box & ((a - b).abs() < 0.3))[label]
+        ground = uniform(0.3, 0.7, 3, 1, 1)
+        contrast = uniform(0.2, 0.4, 3, 1, 1) * uniform(-1, 1, 3, 1, 1).sign()
+        noise = 0.02 * torch.randn(len(index), 3, 32, 32, generator=g)
+        x[index] = ground + contrast * mask[:, None] + noise + tile[label].repeat(1, 8, 8) / 255
+    return (x.clamp(0, 1) * 255).round().byte(), y
+
+
+def augment(x):
+    """A random crop after padding by 4 zero pixels and a random flip, own to each image: uint8 in, float [0, 1] out."""
+    n, _, height, width = x.shape
+    rows = torch.randint(9, (n, 1), device=x.device) + torch.arange(height, device=x.device)
+    columns = torch.randint(9, (n, 1), device=x.device) + torch.arange(width, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(1))
+    image = torch.arange(n, device=x.device)[:, None, None]
+    x = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
+    return to_float(x.permute(0, 3, 1, 2))
+
+
+def to_float(x):
+    """uint8 images as float in [0, 1], in the memory format that convolutions like best."""
+    return x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+# ------------------------------------------------------------------------------------------------------ PGD and mHuber
+
+def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
+    """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
+
+    model: images N x 3 x H x W in [0, 1] to logits; run in eval mode and left in its own, its weights and their
+    gradients untouched. loss: logits to a scalar. start: the first iterate, by default x + 0.001 N(0, I), as in
+    Algorithm 1. Returns the last iterate, detached, within epsilon of x and in [0, 1].
+    """
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+    x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        gradient, = torch.autograd.grad(loss(model(x_adv)), x_adv)
+        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign_(), lower, upper)
+    for module, training in modes:
+        module.training = training
+    return x_adv.detach()
+
+
+def mhuber(u, v, alpha):
+    """Modified Huber loss (section 3), mean over all elements: alpha^2 (1 - cos(d / alpha)) up to |d| = alpha pi/2,
+    where d = u - v, and alpha |d| + (1 - pi/2) alpha^2 beyond; value and slope agree at the seam."""
+    d = u - v
+    A = alpha ** 2 * (1 - torch.cos(d / alpha))
+    B = alpha * d.abs() + (1 - math.pi / 2) * alpha ** 2
+    return torch.where(d.abs() / alpha <= math.pi / 2, A, B).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ the run's books
+
+def all_sum(tensor):
+    """The sum of `tensor` over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_slots(ema):
+    """The EMA states [m / WORLD, C] of all processes, one below the other: [m, C]."""
+    slots = ema.new_zeros(WORLD, *ema.shape)
+    slots[RANK] = ema
+    return all_sum(slots).flatten(0, 1)
+
+
+def average_statistics(model):
+    """Make batch norm's running statistics the mean over the processes, which have each seen their part of the data."""
+    for buffer in model.buffers() if WORLD > 1 else ():
+        if buffer.is_floating_point():
+            all_sum(buffer).div_(WORLD)
+
+
+def start_epoch(n, batch_size, seed, epoch):
+    """Seed every random number of this epoch (so that a resumed run needs no generator state) and shuffle.
+
+    Returns this process's part of the batches: indices [n // batch_size, batch_size // WORLD]; the rest is left out.
+    """
+    data_seed, own_seed = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD)[[0, 1 + RANK]].tolist()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data_seed))
+    torch.manual_seed(own_seed)
+    return order[:n // batch_size * batch_size].view(-1, batch_size)[:, RANK::WORLD]
+
+
+def progress(batches, text):
+    """Iterate over batches, with a live line if stderr is a terminal."""
+    start = shown = time.time()
+    for i, batch in enumerate(batches):
+        yield batch
+        if RANK == 0 and sys.stderr.isatty() and (now := time.time()) > shown + 0.5:
+            left = (now - start) / (i + 1) * (len(batches) - i - 1)
+            print(f"\r{text}: step {i + 1}/{len(batches)}, {clock(left)} left in it ", end="", file=sys.stderr, flush=True)
+            shown = now
+    if shown > start:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def save(state, path):
+    """torch.save by process 0, to a temporary file renamed when whole, so that `path` is always a complete file."""
+    if RANK == 0:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+
+def open_run(args, device):
+    """Make the run folder and its args.json; with --resume return its last.pt (None if it has no epoch yet)."""
+    folder, last = Path(args.run_dir), Path(args.run_dir) / "last.pt"
+    record = vars(args) | {"processes": WORLD, "torch": torch.__version__, "device_name":
+                           torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    if not args.resume and (folder / "args.json").exists() and RANK == 0:
+        fail(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
+    if not args.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / "args.json").exists():
+        fail(f"--resume: {folder} holds no run; start it without --resume")
+    else:
+        old = json.loads((folder / "args.json").read_text())
+        free = ("resume", "run_dir", "data_dir", "device", "device_name", "torch")  # may differ from the run so far
+        changed = [f"{k} was {old.get(k)}, is {record[k]}" for k in record if k not in free and old.get(k) != record[k]]
+        if changed:
+            fail(f"--resume: {folder} was started with other settings ({'; '.join(changed)}); give the same ones")
+    if RANK == 0:
+        (folder / "args.json.tmp").write_text(json.dumps(record, indent=1))
+        os.replace(folder / "args.json.tmp", folder / "args.json")
+    return torch.load(last, map_location=device, weights_only=True) if args.resume and last.exists() else None
+
+
+def read_log(log, epoch):
+    """{term: mean over the epoch} of {term: values by step} kept on the device; stops if a value is not finite."""
+    values = all_sum(torch.stack(list(log.values()), 1)).cpu() / WORLD
+    for step, term in (~values.isfinite()).nonzero().tolist():
+        fail(f"epoch {epoch}, step {step + 1}: the term {list(log)[term]} is {values[step, term]:g}; last.pt, if there is "
+             "one, holds the epoch before; try a lower --lr or weight of the term")
+    return dict(zip(log, values.mean(0).tolist()))
+
+
+def write_metrics(path, history):
+    """metrics.csv, a row an epoch, written whole from the history that last.pt carries."""
+    if RANK == 0:
+        with open(f"{path}.tmp", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
+        os.replace(f"{path}.tmp", path)
+
+
+def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
+    """Clean and PGD accuracy in percent of uint8 images (CE, uniform start, last iterate; clean only if epsilon is 0)."""
+    right = torch.zeros(2, device=x.device)
+    for x_nat, labels in zip(x[RANK::WORLD].split(batch_size), y[RANK::WORLD].split(batch_size)):
+        x_nat = x_adv = to_float(x_nat)
+        if epsilon:
+            x_adv = pgd(net, x_nat, lambda logits: F.cross_entropy(logits, labels), epsilon, step_size, steps,
+                        x_nat + torch.empty_like(x_nat).uniform_(-epsilon, epsilon))
+        with torch.no_grad():
+            clean = net(x_nat).argmax(1) == labels
+            robust = clean & (net(x_adv).argmax(1) == labels)
+        right += torch.stack([clean.sum(), robust.sum()])
+    return (100 * all_sum(right) / len(x)).tolist()
+
+
+def report(folder, model, net, data, args, device):
+    """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
+    epsilon, x, y = args.epsilon or 8 / 255, data.x_test.to(device), data.y_test.to(device)
+    say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")
+    found = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
+    for name in found:
+        state = torch.load(folder / name, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        net.refresh()
+        start_epoch(1, 1, args.seed, 0)  # the same random starts whenever the table is made
+        clean, robust = accuracy(net, x, y, epsilon, 1 / 255, 20)
+        say(f"| {name} | {state['epoch']} | {clean:.2f} | {robust:.2f} |")
+    x = to_float(x[:10])
+    x_adv = pgd(net, x, lambda logits: F.cross_entropy(logits, y[:10]), epsilon, 1 / 255, 20)
+    rows = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
+    if RANK == 0:
+        torchvision.utils.save_image(rows, folder / "examples.png", nrow=10)
+    say(f"{folder}/examples.png: natural, adversarial, difference magnified {1 / (2 * epsilon):g} times\n"
+        f"next: python evaluate.py {folder / found[0]}")
+
+
+def run(main):
+    """Call main(); Ctrl-C ends it with the command that continues the run."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        resume = [] if "--resume" in sys.argv else ["--resume"]
+        say(f"\ninterrupted; continue with: python {shlex.join(sys.argv + resume)}")
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,20 +1,22 @@
 """What the four training scripts and evaluate.py share: arguments, networks, data, PGD, mHuber, run folders.
 
-Nothing here decides the method; that is in the scripts. Conventions: images are float tensors N x 3 x H x W in [0, 1],
-networks return logits N x C, perturbations are L-infinity in the unit of the images. Under torchrun every process runs
-the same code on its part of each batch (RANK, WORLD); without it WORLD is 1 and nothing is distributed.
+Nothing here decides the method; that is in the scripts. Images are float tensors N x 3 x H x W in [0, 1], networks return
+logits N x C, perturbations are L-infinity in the unit of the images. Under torchrun each process runs the same code on its
+part of every batch (RANK of WORLD); without it WORLD is 1.
 """
 import argparse
 import copy
-import csv
 import hashlib
 import json
 import math
 import os
+import pickle
+import platform
 import re
 import shlex
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,19 +78,18 @@ def number(low, high=math.inf, kind=float):
 
 
 def setup(device):
-    """Choose the device ("auto": CUDA if there is one), join the other processes of torchrun; returns torch.device."""
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The torch.device ("auto": CUDA if there is one); joins the other processes of torchrun."""
+    name = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32
-            torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as error:
+    except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu")
-    if WORLD > 1 and not dist.is_initialized():
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -152,21 +153,21 @@ def make_model(arch, num_classes):
 
 
 def fold_batchnorm(model):
-    """An eval-mode twin of `model` for attacks: every batch norm that follows a convolution is folded into it.
+    """An eval-mode twin of `model` for attacks, with every batch norm that follows a convolution folded into it.
 
-    Same logits up to float rounding in fewer passes over memory. The twin shares all other tensors with the model, needs
-    no parameter gradient and leaves the model as it is; `twin.refresh()` folds anew after the weights have changed.
+    Same logits up to float rounding, fewer passes over memory, no parameter gradients. It shares all other tensors with
+    the model and leaves the model as it is; `twin.refresh()` folds anew after the weights have changed.
     """
     twin = torch.fx.symbolic_trace(copy.deepcopy(model)).eval().requires_grad_(False)
     source = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
         tensor.data = source[name].data
     modules, folds = dict(twin.named_modules()), []
-    for node in list(twin.graph.nodes):
+    for node in twin.graph.nodes:
         before = node.args[0] if node.args else None
         bn, conv = modules.get(str(node.target)), modules.get(str(getattr(before, "target", None)))
         if isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(before.users) == 1:
-            folds.append((bn, conv.weight.data, conv))
+            folds.append((bn, conv, conv.weight.data))
             conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
             conv.bias = nn.Parameter(torch.empty_like(bn.bias), requires_grad=False)
             node.replace_all_uses_with(before)
@@ -175,7 +176,7 @@ def fold_batchnorm(model):
 
     @torch.no_grad()
     def refresh():
-        for bn, weight, conv in folds:  # bn(w * x) = (s w) * x + (b - s mean),  s = gamma / sqrt(var + eps)
+        for bn, conv, weight in folds:  # bn(w * x) = (s w) * x + (b - s mean),  s = gamma / sqrt(var + eps)
             scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
             torch.mul(weight, scale[:, None, None, None], out=conv.weight)
             torch.addcmul(bn.bias, scale, bn.running_mean, value=-1, out=conv.bias)
@@ -186,15 +187,13 @@ def fold_batchnorm(model):
 
 def accelerate(net, args, parallel=False):
     """`net` as the training loop calls it: DistributedDataParallel, torch.compile (--compile), bfloat16 (--amp)."""
-    run = net
-    if parallel and WORLD > 1:  # batch norm's statistics stay each process's own until the epoch ends
-        run = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    if args.compile:
-        run = torch.compile(run)
+    # batch norm's running statistics stay each process's own until average_statistics at the end of the epoch
+    run = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if parallel and WORLD > 1 else net
+    run = torch.compile(run) if args.compile else run
     if not args.amp:
         return run
 
-    def forward(x):  # losses, EMA and projection stay outside autocast, in float32
+    def forward(x):  # losses, moving averages and PGD's projection stay outside, in float32
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = run(x)
         return logits.float()
@@ -216,7 +215,7 @@ class Data(NamedTuple):
 def load_data(name, data_dir):
     """The data set `name` (one of DATASETS), downloaded into or read from `data_dir`; exits in one line if it cannot."""
     data_dir = Path(data_dir)
-    if WORLD > 1 and RANK > 0:
+    if RANK > 0 and dist.is_initialized():
         dist.barrier()  # process 0 downloads and fills the cache, the others then find it
     try:
         if name == "shapes":
@@ -226,11 +225,11 @@ def load_data(name, data_dir):
             tensors = [t for s in sets for t in (torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets))]
             data = Data(*tensors, len(sets[0].classes))
         else:
-            data = decode_cached(data_dir / f"{name}.cache.pt", *(tinyimagenet if name == "tinyimagenet" else folder)(data_dir))
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        fail(f"--dataset {name}: cannot be had from {data_dir.resolve()} ({str(error).splitlines()[0]}); "
-             "connect to the internet, put the files there, or take --dataset shapes, which needs no download")
-    if WORLD > 1 and RANK == 0:
+            data = decode(data_dir / f"{name}.cache.pt", *(tinyimagenet if name == "tinyimagenet" else folder)(data_dir))
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({str(error).splitlines()[0]}); connect to the "
+             "internet, put the files there, or take --dataset shapes, which needs no download")
+    if RANK == 0 and dist.is_initialized():
         dist.barrier()
     return data
 
@@ -257,31 +256,28 @@ def folder(root):
 
 
 def tinyimagenet(data_dir):
-    """tiny-imagenet-200, its val split as the test set; as `folder`."""
-    root = data_dir / "tiny-imagenet-200"
-    if not root.is_dir():  # unpacked aside and renamed, so that a half-unpacked folder is never taken for a whole one
+    """tiny-imagenet-200, downloaded and unpacked if need be, its val split as the test set; as `folder`."""
+    root, aside = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.tmp"
+    if not root.is_dir():  # unpacked aside and renamed: a half-unpacked folder is never taken for a whole one
         download_url(TINY_URL, data_dir, md5=TINY_MD5)
-        extract_archive(data_dir / "tiny-imagenet-200.zip", data_dir / "tiny-imagenet-200.tmp")
-        (data_dir / "tiny-imagenet-200.tmp" / root.name).rename(root)
-        (data_dir / "tiny-imagenet-200.tmp").rmdir()
+        extract_archive(data_dir / "tiny-imagenet-200.zip", aside)
+        (aside / root.name).rename(root)
+        aside.rmdir()
     train = ImageFolder(root / "train")
-    rows = (line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines())
+    rows = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
     test = [(str(root / "val" / "images" / row[0]), train.class_to_idx[row[1]]) for row in rows]
     return train.samples, test, len(train.classes)
 
 
-TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
-
-
-def decode_cached(cache, train, test, num_classes):
-    """Decode (path, label) lists to Data once; the tensors are kept in `cache` until a path, size or date changes."""
+def decode(cache, train, test, num_classes):
+    """Lists of (path, label) to Data, once: `cache` keeps the tensors until a path, label, size or date changes."""
     stats = [(path, label, (s := os.stat(path)).st_size, s.st_mtime_ns) for path, label in train + test]
     signature = hashlib.sha256(repr((len(train), stats)).encode()).hexdigest()
     try:
         saved = torch.load(cache, weights_only=True)
         if saved["signature"] == signature:
             return Data(*saved["data"])
-    except Exception:  # no cache, an unreadable one: decode
+    except Exception:  # no cache or an unreadable one: decode
         pass
     say(f"decoding {len(stats):,} images into {cache} (once)")
     images = None
@@ -292,11 +288,11 @@ def decode_cached(cache, train, test, num_classes):
             fail(f"{path} is not a readable image; replace or remove it")
         images = np.empty((len(stats), *image.shape), np.uint8) if images is None else images
         if image.shape != images.shape[1:]:
-            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, {stats[0][0]} is {images.shape[2]}x{images.shape[1]}; "
-                 "resize the images to one size")
+            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, the images before it {images.shape[2]}x{images.shape[1]}; "
+                 "bring them to one size")
         images[i] = image
-    x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([label for _, label, *_ in stats])
-    data = Data(x[:len(train)], y[:len(train)], x[len(train):], y[len(train):], num_classes)
+    x, y, n = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([label for _, label, *_ in stats]), len(train)
+    data = Data(x[:n], y[:n], x[n:], y[n:], num_classes)
     try:
         save({"signature": signature, "data": tuple(data)}, cache)
     except (OSError, RuntimeError) as error:
@@ -320,16 +316,15 @@ def draw_shapes(n, seed):
         index = (y == label).nonzero()[:, 0]
         def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(len(index), *shape, generator=g)
-        angle, size = uniform(-0.25, 0.25, 1, 1), uniform(8, 12, 1, 1)
-        dx, dy = column - uniform(12, 20, 1, 1), row - uniform(12, 20, 1, 1)
+        angle, size = uniform(-0.2, 0.2, 1, 1), uniform(9, 13, 1, 1)
+        dx, dy = column - uniform(13, 18, 1, 1), row - uniform(13, 18, 1, 1)
         u, v = (angle.cos() * dx + angle.sin() * dy) / size, (angle.cos() * dy - angle.sin() * dx) / size
         a, b, r = u.abs(), v.abs(), (u * u + v * v).sqrt()
         box = torch.maximum(a, b) < 0.9
-        mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.25), (r < 1) & (r > 0.6),
+        mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.3), (r < 1) & (r > 0.6),
                 a + b < 1, box & (v * 2 % 1 < 0.5), box & (u * 2 % 1 < 0.5),
                 box & ((u * 2).floor() + (v * 2).floor()).remainder(2).bool(), box & ((a - b).abs() < 0.3))[label]
-        ground = uniform(0.3, 0.7, 3, 1, 1)
-        contrast = uniform(0.2, 0.4, 3, 1, 1) * uniform(-1, 1, 3, 1, 1).sign()
+        ground, contrast = uniform(0.2, 0.6, 3, 1, 1), uniform(0.2, 0.4, 3, 1, 1)
         noise = 0.02 * torch.randn(len(index), 3, 32, 32, generator=g)
         x[index] = ground + contrast * mask[:, None] + noise + tile[label].repeat(1, 8, 8) / 255
     return (x.clamp(0, 1) * 255).round().byte(), y
@@ -356,22 +351,22 @@ def to_float(x):
 def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
     """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
 
-    model: images N x 3 x H x W in [0, 1] to logits; run in eval mode and left in its own, its weights and their
-    gradients untouched. loss: logits to a scalar. start: the first iterate, by default x + 0.001 N(0, I), as in
-    Algorithm 1. Returns the last iterate, detached, within epsilon of x and in [0, 1].
+    model: images N x 3 x H x W in [0, 1] to logits, run in eval mode and put back into its own; no parameter gradients.
+    loss: logits to a scalar. start: the first iterate, by default x + 0.001 N(0, I), Algorithm 1's. Returns the last
+    iterate, detached, within epsilon of x and in [0, 1].
     """
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()  # open: the paper does not say; eval mode as in TRADES and MART
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
         gradient, = torch.autograd.grad(loss(model(x_adv)), x_adv)
         x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign_(), lower, upper)
-    for module, training in modes:
-        module.training = training
-    return x_adv.detach()
+    if training:
+        model.train()
+    return x_adv
 
 
 def mhuber(u, v, alpha):
@@ -383,141 +378,7 @@ def mhuber(u, v, alpha):
     return torch.where(d.abs() / alpha <= math.pi / 2, A, B).mean()
 
 
-# ------------------------------------------------------------------------------------------------------ the run's books
-
-def all_sum(tensor):
-    """The sum of `tensor` over all processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_slots(ema):
-    """The EMA states [m / WORLD, C] of all processes, one below the other: [m, C]."""
-    slots = ema.new_zeros(WORLD, *ema.shape)
-    slots[RANK] = ema
-    return all_sum(slots).flatten(0, 1)
-
-
-def average_statistics(model):
-    """Make batch norm's running statistics the mean over the processes, which have each seen their part of the data."""
-    for buffer in model.buffers() if WORLD > 1 else ():
-        if buffer.is_floating_point():
-            all_sum(buffer).div_(WORLD)
-
-
-def start_epoch(n, batch_size, seed, epoch):
-    """Seed every random number of this epoch (so that a resumed run needs no generator state) and shuffle.
-
-    Returns this process's part of the batches: indices [n // batch_size, batch_size // WORLD]; the rest is left out.
-    """
-    data_seed, own_seed = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD)[[0, 1 + RANK]].tolist()
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(data_seed))
-    torch.manual_seed(own_seed)
-    return order[:n // batch_size * batch_size].view(-1, batch_size)[:, RANK::WORLD]
-
-
-def progress(batches, text):
-    """Iterate over batches, with a live line if stderr is a terminal."""
-    start = shown = time.time()
-    for i, batch in enumerate(batches):
-        yield batch
-        if RANK == 0 and sys.stderr.isatty() and (now := time.time()) > shown + 0.5:
-            left = (now - start) / (i + 1) * (len(batches) - i - 1)
-            print(f"\r{text}: step {i + 1}/{len(batches)}, {clock(left)} left in it ", end="", file=sys.stderr, flush=True)
-            shown = now
-    if shown > start:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def save(state, path):
-    """torch.save by process 0, to a temporary file renamed when whole, so that `path` is always a complete file."""
-    if RANK == 0:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-
-
-def open_run(args, device):
-    """Make the run folder and its args.json; with --resume return its last.pt (None if it has no epoch yet)."""
-    folder, last = Path(args.run_dir), Path(args.run_dir) / "last.pt"
-    record = vars(args) | {"processes": WORLD, "torch": torch.__version__, "device_name":
-                           torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-    if not args.resume and (folder / "args.json").exists() and RANK == 0:
-        fail(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
-    if not args.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not (folder / "args.json").exists():
-        fail(f"--resume: {folder} holds no run; start it without --resume")
-    else:
-        old = json.loads((folder / "args.json").read_text())
-        free = ("resume", "run_dir", "data_dir", "device", "device_name", "torch")  # may differ from the run so far
-        changed = [f"{k} was {old.get(k)}, is {record[k]}" for k in record if k not in free and old.get(k) != record[k]]
-        if changed:
-            fail(f"--resume: {folder} was started with other settings ({'; '.join(changed)}); give the same ones")
-    if RANK == 0:
-        (folder / "args.json.tmp").write_text(json.dumps(record, indent=1))
-        os.replace(folder / "args.json.tmp", folder / "args.json")
-    return torch.load(last, map_location=device, weights_only=True) if args.resume and last.exists() else None
-
-
-def read_log(log, epoch):
-    """{term: mean over the epoch} of {term: values by step} kept on the device; stops if a value is not finite."""
-    values = all_sum(torch.stack(list(log.values()), 1)).cpu() / WORLD
-    for step, term in (~values.isfinite()).nonzero().tolist():
-        fail(f"epoch {epoch}, step {step + 1}: the term {list(log)[term]} is {values[step, term]:g}; last.pt, if there is "
-             "one, holds the epoch before; try a lower --lr or weight of the term")
-    return dict(zip(log, values.mean(0).tolist()))
-
-
-def write_metrics(path, history):
-    """metrics.csv, a row an epoch, written whole from the history that last.pt carries."""
-    if RANK == 0:
-        with open(f"{path}.tmp", "w", newline="") as file:
-            writer = csv.DictWriter(file, history[0])
-            writer.writeheader()
-            writer.writerows(history)
-        os.replace(f"{path}.tmp", path)
-
-
-def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
-    """Clean and PGD accuracy in percent of uint8 images (CE, uniform start, last iterate; clean only if epsilon is 0)."""
-    right = torch.zeros(2, device=x.device)
-    for x_nat, labels in zip(x[RANK::WORLD].split(batch_size), y[RANK::WORLD].split(batch_size)):
-        x_nat = x_adv = to_float(x_nat)
-        if epsilon:
-            x_adv = pgd(net, x_nat, lambda logits: F.cross_entropy(logits, labels), epsilon, step_size, steps,
-                        x_nat + torch.empty_like(x_nat).uniform_(-epsilon, epsilon))
-        with torch.no_grad():
-            clean = net(x_nat).argmax(1) == labels
-            robust = clean & (net(x_adv).argmax(1) == labels)
-        right += torch.stack([clean.sum(), robust.sum()])
-    return (100 * all_sum(right) / len(x)).tolist()
-
-
-def report(folder, model, net, data, args, device):
-    """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
-    epsilon, x, y = args.epsilon or 8 / 255, data.x_test.to(device), data.y_test.to(device)
-    say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")
-    found = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
-    for name in found:
-        state = torch.load(folder / name, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        net.refresh()
-        start_epoch(1, 1, args.seed, 0)  # the same random starts whenever the table is made
-        clean, robust = accuracy(net, x, y, epsilon, 1 / 255, 20)
-        say(f"| {name} | {state['epoch']} | {clean:.2f} | {robust:.2f} |")
-    x = to_float(x[:10])
-    x_adv = pgd(net, x, lambda logits: F.cross_entropy(logits, y[:10]), epsilon, 1 / 255, 20)
-    rows = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
-    if RANK == 0:
-        torchvision.utils.save_image(rows, folder / "examples.png", nrow=10)
-    say(f"{folder}/examples.png: natural, adversarial, difference magnified {1 / (2 * epsilon):g} times\n"
-        f"next: python evaluate.py {folder / found[0]}")
-
+# ------------------------------------------------------------------------------------------------ the run and its folder
 
 def run(main):
     """Call main(); Ctrl-C ends it with the command that continues the run."""
@@ -530,3 +391,122 @@ def run(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def save(state, path):
+    """A text, or anything else by torch.save, by process 0; renamed when whole: `path` never holds half a file."""
+    if RANK == 0:
+        Path(f"{path}.tmp").write_text(state) if isinstance(state, str) else torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+
+def open_run(args, device):
+    """Make the run folder and its args.json; with --resume return its last.pt (None if no epoch was finished)."""
+    folder, record = Path(args.run_dir), Path(args.run_dir) / "args.json"
+    new = vars(args) | {"processes": WORLD, "torch": torch.__version__, "hardware":
+                        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
+    if args.resume != record.exists():
+        fail(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir" if record.exists()
+             else f"--resume: {folder} holds no run; start it without --resume")
+    if args.resume:
+        old = json.loads(record.read_text())
+        changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
+                   and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
+        if changed:
+            fail(f"--resume: {folder} was started with other settings ({'; '.join(changed)}); give the same ones")
+    all_sum(torch.zeros(1, device=device))  # every process has looked
+    folder.mkdir(parents=True, exist_ok=True)
+    save(json.dumps(new, indent=1), record)
+    last = folder / "last.pt"
+    return torch.load(last, map_location=device, weights_only=True) if args.resume and last.exists() else None
+
+
+def start_epoch(n, batch_size, seed, epoch):
+    """Seed all random numbers of this epoch (a resumed run needs no generator state); return its shuffled batches:
+    this process's indices [n // batch_size, batch_size // WORLD]. An incomplete last batch is left out."""
+    shared, *own = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD).tolist()
+    torch.manual_seed(own[RANK])
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(shared))
+    return order[:n // batch_size * batch_size].view(-1, batch_size)[:, RANK::WORLD]
+
+
+def progress(batches, text):
+    """Iterate over `batches`, with a live line on a terminal."""
+    start = shown = time.time()
+    for i, batch in enumerate(batches, 1):
+        yield batch
+        if RANK == 0 and sys.stderr.isatty() and time.time() > shown + 0.5:
+            shown, left = time.time(), (time.time() - start) / i * (len(batches) - i)
+            print(f"\r\033[K{text}: step {i}/{len(batches)}, {clock(left)} left", end="", file=sys.stderr, flush=True)
+    print("\r\033[K" * (shown > start), end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def read_log(log, epoch):
+    """{term: mean over the epoch} of {term: values by step}, kept on the device so far; stops if one is not finite."""
+    values = all_sum(torch.stack(list(log.values()), 1)).cpu() / WORLD
+    for step, term in (~values.isfinite()).nonzero().tolist():
+        fail(f"epoch {epoch}, step {step + 1}: the term {list(log)[term]} is {values[step, term]:g}; last.pt, if there is "
+             "one, holds the epoch before; try a lower --lr or a smaller weight of the term")
+    return dict(zip(log, values.mean(0).tolist()))
+
+
+def all_sum(tensor):
+    """`tensor` summed over the processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_slots(ema):
+    """The moving averages [m / WORLD, C] of all processes, one below the other: [m, C]."""
+    slots = ema.new_zeros(WORLD, *ema.shape)
+    slots[RANK] = ema
+    return all_sum(slots).flatten(0, 1)
+
+
+def average_statistics(model):
+    """Make batch norm's running statistics their mean over the processes, which saw different images."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            all_sum(buffer).div_(WORLD)
+
+
+def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
+    """Clean and PGD accuracy in percent on uint8 images (CE, uniform start, last iterate; epsilon 0: no attack)."""
+    right = torch.zeros(2, device=x.device)
+    for images, labels in zip(x[RANK::WORLD].split(batch_size), y[RANK::WORLD].split(batch_size)):
+        x_adv = images = to_float(images)
+        if epsilon:
+            x_adv = pgd(net, images, lambda logits: F.cross_entropy(logits, labels), epsilon, step_size, steps,
+                        images + torch.empty_like(images).uniform_(-epsilon, epsilon))
+        with torch.no_grad():
+            clean = net(images).argmax(1) == labels
+            right += torch.stack([clean.sum(), (clean & (net(x_adv).argmax(1) == labels)).sum()])
+    return (100 * all_sum(right) / len(x)).tolist()
+
+
+def report(folder, model, net, data, args, device):
+    """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
+    epsilon, x, y = args.epsilon or 8 / 255, data.x_test.to(device), data.y_test.to(device)
+    say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")
+    rows = {}
+    found = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
+    for name in found:
+        state = torch.load(folder / name, map_location=device, weights_only=True)
+        if state["epoch"] not in rows:
+            model.load_state_dict(state["model"])
+            net.refresh()
+            start_epoch(1, 1, args.seed, 0)  # the same random starts for every table
+            rows[state["epoch"]] = accuracy(net, x, y, epsilon, 1 / 255, 20)
+        say("| {} | {} | {:.2f} | {:.2f} |".format(name, state["epoch"], *rows[state["epoch"]]))
+    x = to_float(x[:10])
+    x_adv = pgd(net, x, lambda logits: F.cross_entropy(logits, y[:10]), epsilon, 1 / 255, 20)
+    if RANK == 0:
+        images = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
+        torchvision.utils.save_image(images, folder / "examples.png", nrow=10)
+    say(f"{folder}/examples.png: natural, adversarial, their difference times {1 / (2 * epsilon):.0f}\n"
+        f"next: python evaluate.py {folder / found[0]}")

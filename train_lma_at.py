@@ -76,7 +76,7 @@ def attack_loss(logits_adv, y, args):
     return margin_loss(logits_adv, y, args) + loss if args.attack_loss == "margin+ce" else loss
 
 
-def objective(logits_adv, y, ema_adv, ema_nat, args):
+def objective(logits_adv, logits_nat, y, ema_adv, ema_nat, args):
     """The terms of eq. 18, weighted: their sum is what the weights minimise. A term of weight 0 is left out."""
     terms = {}
     if args.margin_weight:
@@ -89,7 +89,6 @@ def objective(logits_adv, y, ema_adv, ema_nat, args):
 
 def train_epoch(net, attack_net, optimizer, x_train, y_train, batches, ema_adv, ema_nat, args, text=""):
     """Algorithm 1 over `batches` (indices [steps, m]). Returns the moving averages [m, C] and the terms by step."""
-    net.train()
     log = []
     for batch in common.progress(batches, text):
         x, y = common.augment(x_train[batch]), y_train[batch]
@@ -109,7 +108,7 @@ def train_epoch(net, attack_net, optimizer, x_train, y_train, batches, ema_adv, 
             ema_adv = args.tau * ema_adv.detach() + (1 - args.tau) * logits_adv
             ema_nat = args.tau * ema_nat.detach() + (1 - args.tau) * logits_nat
 
-        terms = objective(logits_adv, y, ema_adv, ema_nat, args)
+        terms = objective(logits_adv, logits_nat, y, ema_adv, ema_nat, args)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -124,7 +123,7 @@ def main():
     x_train, y_train, x_val, y_val = common.hold_out(data, args, device)
 
     common.start_epoch(1, 1, args.seed, 0)  # seeds the initial weights
-    model = common.make_model(args.arch, data.num_classes).to(device, memory_format=torch.channels_last)
+    model = common.make_model(args.arch, data.num_classes).to(device, memory_format=torch.channels_last).train()
     folded = common.fold_batchnorm(model)
     net, attack_net = common.accelerate(model, args, parallel=True), common.accelerate(folded, args)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -144,8 +143,8 @@ def main():
         f"{args.arch}, {parameters:,} parameters, on {device}" + f" x {common.WORLD}" * (common.WORLD > 1) + "\n"
         f"attack on {args.attack_loss}: epsilon {255 * args.epsilon:g}/255, {args.steps} steps of "
         f"{255 * args.step_size:g}/255\n"
-        f"loss {args.margin_weight:g} L'(delta {args.delta:g}, {args.margin_reduction}) + BCE "
-        f"+ {args.beta:g} mHuber(alpha {args.alpha:g}, tau {args.tau:g})\n"
+        f"loss {args.margin_weight:g} L' + BCE + {args.beta:g} mHuber;  delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}, "
+        f"L' {args.margin_reduction} over the classes\n"
         f"run folder {folder}, epochs {len(history) + 1} to {args.epochs}")
 
     begin, first = time.time(), len(history)
@@ -170,7 +169,8 @@ def main():
             common.save(state, folder / "best.pt")
         common.save(state | {"optimizer": optimizer.state_dict(), "ema_adv": common.all_slots(ema_adv),
                              "ema_nat": common.all_slots(ema_nat), "history": history}, folder / "last.pt")
-        common.write_metrics(folder / "metrics.csv", history)
+        rows = [history[0], *(row.values() for row in history)]
+        common.save("".join(",".join(map(str, row)) + "\n" for row in rows), folder / "metrics.csv")
         left = (time.time() - begin) / (epoch - first) * (args.epochs - epoch)
         common.say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "epoch")
                    + f"  left {common.clock(left)}")

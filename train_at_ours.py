@@ -143,7 +143,7 @@ def main():
     begin, first = time.time(), len(history)
     for epoch in range(first + 1, args.epochs + 1):
         start = time.time()
-        lr = args.lr * 0.1 ** sum(130 * epoch >= args.epochs * drop for drop in (75, 90))
+        lr = args.lr / 10 ** sum(130 * epoch >= args.epochs * drop for drop in (75, 90))
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = common.start_epoch(len(x_train), args.batch_size, args.seed, epoch).to(device)

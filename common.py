@@ -11,14 +11,14 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import sys
 import time
 import zipfile
+from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,27 +37,20 @@ DATASETS = ("cifar10", "cifar100", "tinyimagenet", "folder", "shapes")
 
 # ---------------------------------------------------------------------------------------------- arguments and messages
 
-def say(*text):
+def say(text):
     """Print, from one process only, at once."""
     if RANK == 0:
-        print(*text, flush=True)
+        print(text, flush=True)
 
 
 def fail(message):
-    """End the program with one line on stderr and exit status 2: an error the user can mend."""
+    """End the program with one line on stderr and exit status 2: an error that the user can mend."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, its errors in one line, its help with the defaults."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)
+    """argparse whose errors are one line."""
 
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -66,8 +59,8 @@ class Parser(argparse.ArgumentParser):
 def number(low, high=math.inf, kind=float):
     """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
     def parse(text):
+        top, _, bottom = text.partition("/")
         try:
-            top, _, bottom = text.partition("/")
             value = float(top) / float(bottom) if bottom else kind(top)
         except (ValueError, ZeroDivisionError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number such as {'100' if kind is int else '8/255'}")
@@ -80,7 +73,7 @@ def number(low, high=math.inf, kind=float):
 
 def setup(device):
     """The torch.device ("auto": CUDA if there is one); joins the other processes of torchrun."""
-    name = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
@@ -88,8 +81,7 @@ def setup(device):
         fail(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -115,21 +107,20 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-depth-widen; the paper's is 34-10. Images of any size from 8 x 8 up, logits N x num_classes."""
+    """WideResNet-depth-widen (the paper's is 34-10): images of any size from 8 x 8 up, logits N x num_classes."""
 
     def __init__(self, depth, widen, num_classes):
         super().__init__()
-        blocks, widths = (depth - 4) // 6, (16, 16 * widen, 32 * widen, 64 * widen)
+        width = (16, 16 * widen, 32 * widen, 64 * widen)
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         for i in (1, 2, 3):
-            layer = [WideBlock(widths[i - 1 if b == 0 else i], widths[i], 2 if b == 0 and i > 1 else 1)
-                     for b in range(blocks)]
-            self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*layer)}))
-        self.bn1 = nn.BatchNorm2d(widths[3])
-        self.fc = nn.Linear(widths[3], num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            blocks = [WideBlock(width[i - 1], width[i], 1 if i == 1 else 2)]
+            blocks += [WideBlock(width[i], width[i], 1) for _ in range((depth - 4) // 6 - 1)]
+            self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
+        self.bn1 = nn.BatchNorm2d(width[3])
+        self.fc = nn.Linear(width[3], num_classes)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):
@@ -140,12 +131,11 @@ class WideResNet(nn.Module):
 
 
 def make_model(arch, num_classes):
-    """`resnet18` (torchvision's, with the CIFAR stem: 3x3 stride-1 convolution, no max-pool) or `wrn-<depth>-<widen>`."""
+    """`resnet18` (torchvision's with the CIFAR stem: 3x3 stride-1 convolution, no max-pool) or `wrn-<depth>-<widen>`."""
     if arch == "resnet18":
         model = torchvision.models.resnet18(num_classes=num_classes)
-        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
-        model.maxpool = nn.Identity()
         return model
     size = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
     if not size or (depth := int(size[1])) < 10 or (depth - 4) % 6 or not (widen := int(size[2])):
@@ -156,7 +146,7 @@ def make_model(arch, num_classes):
 def fold_batchnorm(model):
     """An eval-mode twin of `model` for attacks, with every batch norm that follows a convolution folded into it.
 
-    Same logits up to float rounding, fewer passes over memory, no parameter gradients. It shares all other tensors with
+    Same logits up to float rounding in fewer passes over memory, no parameter gradients. It shares all other tensors with
     the model and leaves the model as it is; `twin.refresh()` folds anew after the weights have changed.
     """
     twin = torch.fx.symbolic_trace(copy.deepcopy(model)).eval().requires_grad_(False)
@@ -169,8 +159,7 @@ def fold_batchnorm(model):
         bn, conv = modules.get(str(node.target)), modules.get(str(getattr(before, "target", None)))
         if isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(before.users) == 1:
             folds.append((bn, conv, conv.weight.data))
-            conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
-            conv.bias = nn.Parameter(torch.empty_like(bn.bias), requires_grad=False)
+            conv.weight, conv.bias = (nn.Parameter(torch.empty_like(t), False) for t in (conv.weight, bn.bias))
             node.replace_all_uses_with(before)
             twin.graph.erase_node(node)
     twin.recompile()
@@ -178,9 +167,9 @@ def fold_batchnorm(model):
     @torch.no_grad()
     def refresh():
         for bn, conv, weight in folds:  # bn(w * x) = (s w) * x + (b - s mean),  s = gamma / sqrt(var + eps)
-            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            torch.mul(weight, scale[:, None, None, None], out=conv.weight)
-            torch.addcmul(bn.bias, scale, bn.running_mean, value=-1, out=conv.bias)
+            s = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            torch.mul(weight, s[:, None, None, None], out=conv.weight)
+            torch.addcmul(bn.bias, s, bn.running_mean, value=-1, out=conv.bias)
     refresh()
     twin.refresh = refresh
     return twin
@@ -191,26 +180,17 @@ def accelerate(net, args, parallel=False):
     # batch norm's running statistics stay each process's own until average_statistics at the end of the epoch
     run = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if parallel and WORLD > 1 else net
     run = torch.compile(run) if args.compile else run
-    if not args.amp:
-        return run
 
     def forward(x):  # losses, moving averages and PGD's projection stay outside, in float32
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = run(x)
-        return logits.float()
+            return run(x).float()
     forward.refresh = getattr(net, "refresh", None)
-    return forward
+    return forward if args.amp else run
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-class Data(NamedTuple):
-    """Images uint8 N x 3 x H x W, labels int64 N."""
-    x_train: torch.Tensor
-    y_train: torch.Tensor
-    x_test: torch.Tensor
-    y_test: torch.Tensor
-    num_classes: int
+Data = namedtuple("Data", "x_train y_train x_test y_test num_classes")  # images uint8 N x 3 x H x W, labels int64 N
 
 
 def load_data(name, data_dir):
@@ -222,27 +202,18 @@ def load_data(name, data_dir):
         if name == "shapes":
             data = Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), 10)
         elif name in ("cifar10", "cifar100"):
-            sets = [(CIFAR10 if name == "cifar10" else CIFAR100)(data_dir, train, download=True) for train in (True, False)]
-            tensors = [t for s in sets for t in (torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets))]
-            data = Data(*tensors, len(sets[0].classes))
+            kind = CIFAR10 if name == "cifar10" else CIFAR100
+            train, test = (kind(data_dir, is_train, download=True) for is_train in (True, False))
+            data = Data(*(t for s in (train, test) for t in (torch.from_numpy(s.data).permute(0, 3, 1, 2),
+                                                             torch.tensor(s.targets))), len(train.classes))
         else:
-            data = decode(data_dir / f"{name}.cache.pt", *(tinyimagenet if name == "tinyimagenet" else folder)(data_dir))
+            data = decode(data_dir / f"{name}.cache.pt", *(folder if name == "folder" else tinyimagenet)(data_dir))
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({str(error).splitlines()[0]}); connect to the "
              "internet, put the files there, or take --dataset shapes, which needs no download")
     if RANK == 0 and dist.is_initialized():
         dist.barrier()
     return data
-
-
-def hold_out(data, args, device):
-    """x_train, y_train, x_val, y_val on the device: --val-size training images, the same for every seed, are held out."""
-    n = len(data.x_train) - args.val_size
-    if n < args.batch_size or args.batch_size // WORLD < 2 or args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size}: each of {WORLD} processes needs the same number of images a batch, at least "
-             f"two, and an epoch one batch; there are {len(data.x_train)} training images, {args.val_size} held out")
-    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    return [t[part].to(device) for part in (order[:n], order[n:]) for t in (data.x_train, data.y_train)]
 
 
 def folder(root):
@@ -272,7 +243,8 @@ def tinyimagenet(data_dir):
 
 def decode(cache, train, test, num_classes):
     """Lists of (path, label) to Data, once: `cache` keeps the tensors until a path, label, size or date changes."""
-    stats = [(path, label, (s := os.stat(path)).st_size, s.st_mtime_ns) for path, label in train + test]
+    paths, y = zip(*train, *test)
+    stats = [(path, label, (s := os.stat(path)).st_size, s.st_mtime_ns) for path, label in zip(paths, y)]
     signature = hashlib.sha256(repr((len(train), stats)).encode()).hexdigest()
     try:
         saved = torch.load(cache, weights_only=True)
@@ -280,19 +252,17 @@ def decode(cache, train, test, num_classes):
             return Data(*saved["data"])
     except Exception:  # no cache or an unreadable one: decode
         pass
-    say(f"decoding {len(stats):,} images into {cache} (once)")
-    images = None
-    for i, (path, *_) in enumerate(stats):
+    say(f"decoding {len(paths):,} images into {cache} (once)")
+    for i, path in enumerate(paths):
         try:
             image = np.asarray(Image.open(path).convert("RGB"))
         except (OSError, SyntaxError):
             fail(f"{path} is not a readable image; replace or remove it")
-        images = np.empty((len(stats), *image.shape), np.uint8) if images is None else images
-        if image.shape != images.shape[1:]:
-            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, the images before it {images.shape[2]}x{images.shape[1]}; "
-                 "bring them to one size")
-        images[i] = image
-    x, y, n = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([label for _, label, *_ in stats]), len(train)
+        x = x if i else np.empty((len(paths), *image.shape), np.uint8)
+        if image.shape != x.shape[1:]:
+            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, {paths[0]} {x.shape[2]}x{x.shape[1]}; make the sizes equal")
+        x[i] = image
+    x, y, n = torch.from_numpy(x).permute(0, 3, 1, 2), torch.tensor(y), len(train)
     data = Data(x[:n], y[:n], x[n:], y[n:], num_classes)
     try:
         save({"signature": signature, "data": tuple(data)}, cache)
@@ -305,41 +275,48 @@ def draw_shapes(n, seed):
     """Ten drawn classes, 32 x 32: what is learnt from the shape is robust, the faint pattern of each class is not.
 
     A shape in a random colour, place, size and small rotation stands out by 0.2 to 0.4; a tile of +-2/255 peculiar to
-    the class covers the image: enough for natural training to rely on, and less than an attack of 8/255 can undo.
+    the class covers the image: natural training may rely on it, an attack of 8/255 removes it.
     """
     g = torch.Generator().manual_seed(seed)
-    y = torch.randperm(n, generator=g) % 10
-    x = torch.empty(n, 3, 32, 32)
-    tile = torch.randint(0, 2, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 4 - 2  # the same for all seeds
+    tile = torch.randint(2, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 4 - 2  # the same for every seed
     row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-
+    x, y = torch.empty(n, 3, 32, 32), torch.randperm(n, generator=g) % 10
     for label in range(10):
         index = (y == label).nonzero()[:, 0]
-        def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(len(index), *shape, generator=g)
-        angle, size = uniform(-0.2, 0.2, 1, 1), uniform(9, 13, 1, 1)
-        dx, dy = column - uniform(13, 18, 1, 1), row - uniform(13, 18, 1, 1)
+        def uniform(low, high, channels=()):
+            return low + (high - low) * torch.rand(len(index), *channels, 1, 1, generator=g)
+        angle, size, dx, dy = uniform(-0.2, 0.2), uniform(9, 13), column - uniform(13, 18), row - uniform(13, 18)
         u, v = (angle.cos() * dx + angle.sin() * dy) / size, (angle.cos() * dy - angle.sin() * dx) / size
         a, b, r = u.abs(), v.abs(), (u * u + v * v).sqrt()
         box = torch.maximum(a, b) < 0.9
         mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.3), (r < 1) & (r > 0.6),
                 a + b < 1, box & (v * 2 % 1 < 0.5), box & (u * 2 % 1 < 0.5),
                 box & ((u * 2).floor() + (v * 2).floor()).remainder(2).bool(), box & ((a - b).abs() < 0.3))[label]
-        ground, contrast = uniform(0.2, 0.6, 3, 1, 1), uniform(0.2, 0.4, 3, 1, 1)
+        ground, contrast = uniform(0.2, 0.6, (3,)), uniform(0.2, 0.4, (3,))
         noise = 0.02 * torch.randn(len(index), 3, 32, 32, generator=g)
         x[index] = ground + contrast * mask[:, None] + noise + tile[label].repeat(1, 8, 8) / 255
     return (x.clamp(0, 1) * 255).round().byte(), y
 
 
+def hold_out(data, args, device):
+    """x_train, y_train, x_val, y_val on the device: --val-size training images, the same for every seed, are held out."""
+    n = len(data.x_train) - args.val_size
+    if n < args.batch_size or args.batch_size // WORLD < 2 or args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size} with --val-size {args.val_size} of {len(data.x_train)} training images: an "
+             f"epoch needs one whole batch, and each of {WORLD} processes the same number of its images, at least two")
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
+    return [t[part].to(device) for part in (order[:n], order[n:]) for t in (data.x_train, data.y_train)]
+
+
 def augment(x):
     """A random crop after padding by 4 zero pixels and a random flip, own to each image: uint8 in, float [0, 1] out."""
     n, _, height, width = x.shape
+    image = torch.arange(n, device=x.device)[:, None, None]
     rows = torch.randint(9, (n, 1), device=x.device) + torch.arange(height, device=x.device)
     columns = torch.randint(9, (n, 1), device=x.device) + torch.arange(width, device=x.device)
     columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(1))
-    image = torch.arange(n, device=x.device)[:, None, None]
-    x = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
-    return to_float(x.permute(0, 3, 1, 2))
+    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    return to_float(padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
 
 
 def to_float(x):
@@ -352,13 +329,13 @@ def to_float(x):
 def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
     """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
 
-    model: images N x 3 x H x W in [0, 1] to logits, run in eval mode and put back into its own; no parameter gradients.
-    loss: logits to a scalar. start: the first iterate, by default x + 0.001 N(0, I), Algorithm 1's. Returns the last
-    iterate, detached, within epsilon of x and in [0, 1].
+    model: images to logits, run in eval mode and put back into its own; no parameter gradients. loss: logits to a scalar.
+    start: the first iterate, by default x + 0.001 N(0, I), Algorithm 1's. Returns the last iterate, detached, within
+    epsilon of x and in [0, 1].
     """
     training = getattr(model, "training", False)
     if training:
-        model.eval()  # open: the paper does not say; eval mode as in TRADES and MART
+        model.eval()  # open: the paper does not say which mode; eval as in TRADES and MART
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
     for _ in range(steps):
@@ -371,12 +348,12 @@ def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None
 
 
 def mhuber(u, v, alpha):
-    """Modified Huber loss (section 3), mean over all elements: alpha^2 (1 - cos(d / alpha)) up to |d| = alpha pi/2,
-    where d = u - v, and alpha |d| + (1 - pi/2) alpha^2 beyond; value and slope agree at the seam."""
+    """Modified Huber loss (section 3), the mean over all elements of u - v; value and slope agree at the seam."""
     d = u - v
+    c = d.abs() / alpha <= math.pi / 2
     A = alpha ** 2 * (1 - torch.cos(d / alpha))
     B = alpha * d.abs() + (1 - math.pi / 2) * alpha ** 2
-    return torch.where(d.abs() / alpha <= math.pi / 2, A, B).mean()
+    return torch.where(c, A, B).mean()
 
 
 # ------------------------------------------------------------------------------------------------ the run and its folder
@@ -403,22 +380,20 @@ def save(state, path):
 
 def open_run(args, device):
     """Make the run folder and its args.json; with --resume return its last.pt (None if no epoch was finished)."""
-    folder, record = Path(args.run_dir), Path(args.run_dir) / "args.json"
-    new = vars(args) | {"processes": WORLD, "torch": torch.__version__, "hardware":
-                        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
+    record, last = Path(args.run_dir) / "args.json", Path(args.run_dir) / "last.pt"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    new = vars(args) | {"processes": WORLD, "torch": torch.__version__, "hardware": hardware}
     if args.resume != record.exists():
-        fail(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir" if record.exists()
-             else f"--resume: {folder} holds no run; start it without --resume")
-    if args.resume:
-        old = json.loads(record.read_text())
-        changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
-                   and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
-        if changed:
-            fail(f"--resume: {folder} was started with other settings ({'; '.join(changed)}); give the same ones")
+        fail(f"{record.parent} holds no run; start it without --resume" if args.resume else
+             f"{record.parent} already holds a run; add --resume to continue it, or choose another --run-dir")
+    old = json.loads(record.read_text()) if args.resume else new
+    changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
+               and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
+    if changed:
+        fail(f"--resume: {record.parent} was started with other settings ({'; '.join(changed)}); give the same ones")
     all_sum(torch.zeros(1, device=device))  # every process has looked
-    folder.mkdir(parents=True, exist_ok=True)
+    record.parent.mkdir(parents=True, exist_ok=True)
     save(json.dumps(new, indent=1), record)
-    last = folder / "last.pt"
     return torch.load(last, map_location=device, weights_only=True) if args.resume and last.exists() else None
 
 
@@ -433,17 +408,13 @@ def start_epoch(n, batch_size, seed, epoch):
 
 def progress(batches, text):
     """Iterate over `batches`, with a live line on a terminal."""
-    start = shown = time.time()
+    live, start = RANK == 0 and sys.stderr.isatty(), time.time()
     for i, batch in enumerate(batches, 1):
         yield batch
-        if RANK == 0 and sys.stderr.isatty() and time.time() > shown + 0.5:
-            shown, left = time.time(), (time.time() - start) / i * (len(batches) - i)
-            print(f"\r\033[K{text}: step {i}/{len(batches)}, {clock(left)} left", end="", file=sys.stderr, flush=True)
-    print("\r\033[K" * (shown > start), end="", file=sys.stderr, flush=True)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+        if live:
+            left = timedelta(seconds=int((time.time() - start) / i * (len(batches) - i)))
+            print(f"\r\033[K{text}: step {i}/{len(batches)}, {left} left\r", end="", file=sys.stderr, flush=True)
+    print("\033[K" * live, end="", file=sys.stderr, flush=True)
 
 
 def read_log(log, epoch):
@@ -471,9 +442,8 @@ def all_slots(ema):
 
 def average_statistics(model):
     """Make batch norm's running statistics their mean over the processes, which saw different images."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            all_sum(buffer).div_(WORLD)
+    for buffer in (b for b in model.buffers() if b.is_floating_point()):
+        all_sum(buffer).div_(WORLD)
 
 
 def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
@@ -490,24 +460,24 @@ def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
     return (100 * all_sum(right) / len(x)).tolist()
 
 
-def report(folder, model, net, data, args, device):
+def report(model, net, data, args, device):
     """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
-    epsilon, x, y = args.epsilon or 8 / 255, data.x_test.to(device), data.y_test.to(device)
+    folder, epsilon, rows = Path(args.run_dir), args.epsilon or 8 / 255, {}
+    x, y = data.x_test.to(device), data.y_test.to(device)
     say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")
-    rows = {}
-    found = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
-    for name in found:
+    names = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
+    for name in names:
         state = torch.load(folder / name, map_location=device, weights_only=True)
-        if state["epoch"] not in rows:
+        if (epoch := state["epoch"]) not in rows:
             model.load_state_dict(state["model"])
             net.refresh()
             start_epoch(1, 1, args.seed, 0)  # the same random starts for every table
-            rows[state["epoch"]] = accuracy(net, x, y, epsilon, 1 / 255, 20)
-        say("| {} | {} | {:.2f} | {:.2f} |".format(name, state["epoch"], *rows[state["epoch"]]))
+            rows[epoch] = accuracy(net, x, y, epsilon, 1 / 255, 20)
+        say(f"| {name} | {epoch} | {rows[epoch][0]:.2f} | {rows[epoch][1]:.2f} |")
     x = to_float(x[:10])
     x_adv = pgd(net, x, lambda logits: F.cross_entropy(logits, y[:10]), epsilon, 1 / 255, 20)
+    images = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
     if RANK == 0:
-        images = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
         torchvision.utils.save_image(images, folder / "examples.png", nrow=10)
     say(f"{folder}/examples.png: natural, adversarial, their difference times {1 / (2 * epsilon):.0f}\n"
-        f"next: python evaluate.py {folder / found[0]}")
+        f"next: python evaluate.py {folder / names[0]}")

@@ -8,6 +8,7 @@ logit'_t, logit_t are moving averages over the iterations of the adversarial and
 Defaults are the paper's (section 5.1).
 """
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -131,13 +132,13 @@ def main():
 
     parameters = sum(p.numel() for p in model.parameters())
     common.say(
-        f"{args.method} on {args.dataset}: {len(x_train):,} training, {len(x_val):,} validation and {len(data.x_test):,} "
-        f"test images {'x'.join(map(str, x_train.shape[1:]))}, {data.num_classes} classes\n"
+        f"{args.method} on {args.dataset}: {len(x_train):,} training, {len(x_val):,} validation, {len(data.x_test):,} test "
+        f"images {'x'.join(map(str, x_train.shape[1:]))}, {data.num_classes} classes\n"
         f"{args.arch}, {parameters:,} parameters, on {device}" + f" x {common.WORLD}" * (common.WORLD > 1) + "\n"
         f"attack on {args.attack_loss}: epsilon {255 * args.epsilon:g}/255, {args.steps} steps of "
         f"{255 * args.step_size:g}/255\n"
-        f"loss {args.margin_weight:g} L' + CE + {args.beta:g} mHuber;  delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}, "
-        f"L' {args.margin_reduction} over the classes\n"
+        f"loss {args.margin_weight:g} L' + CE + {args.beta:g} mHuber; "
+        f"L' {args.margin_reduction} over classes, delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}\n"
         f"run folder {folder}, epochs {len(history) + 1} to {args.epochs}")
 
     begin, first = time.time(), len(history)
@@ -147,14 +148,15 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = common.start_epoch(len(x_train), args.batch_size, args.seed, epoch).to(device)
-        ema_adv, ema_nat, log = train_epoch(net, attack_net, optimizer, x_train, y_train, batches, ema_adv, ema_nat, args,
-                                            f"epoch {epoch}/{args.epochs}")
+        ema_adv, ema_nat, log = train_epoch(net, attack_net, optimizer, x_train, y_train, batches, ema_adv, ema_nat,
+                                            args, f"epoch {epoch}/{args.epochs}")
         row = {"epoch": epoch, "lr": lr} | common.read_log(log, epoch)
         row["images/s"] = batches.numel() * common.WORLD / (time.time() - start)
         common.average_statistics(model)
         folded.refresh()
         if args.val_size:
-            row["val clean"], row["val PGD-10"] = common.accuracy(folded, x_val, y_val, args.epsilon, args.epsilon / 4, 10)
+            score = common.accuracy(folded, x_val, y_val, args.epsilon, args.epsilon / 4, 10)
+            row["val clean"], row["val PGD-10"] = score
         history.append(row)
 
         state = {"model": model.state_dict(), "args": vars(args), "num_classes": data.num_classes, "epoch": epoch}
@@ -164,11 +166,11 @@ def main():
                              "ema_nat": common.all_slots(ema_nat), "history": history}, folder / "last.pt")
         rows = [history[0], *(row.values() for row in history)]
         common.save("".join(",".join(map(str, row)) + "\n" for row in rows), folder / "metrics.csv")
-        left = (time.time() - begin) / (epoch - first) * (args.epochs - epoch)
+        left = timedelta(seconds=int((time.time() - begin) / (epoch - first) * (args.epochs - epoch)))
         common.say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "epoch")
-                   + f"  left {common.clock(left)}")
+                   + f"  left {left}")
 
-    common.report(folder, model, folded, data, args, device)
+    common.report(model, folded, data, args, device)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def parse_args():
     add("--arch", default="resnet18", help="resnet18 or wrn-<depth>-<widen>; the paper's are resnet18 and wrn-34-10")
     add("--epochs", type=number(1, kind=int), default=130)
     add("--batch-size", type=number(2, kind=int), default=100, help="over all processes")
-    add("--lr", type=number(0), default=0.01, help="divided by ten at 75/130 and again at 90/130 of the epochs")
+    add("--lr", type=number(0), default=0.01, help="divided by ten at 74/130 and again at 89/130 of the epochs")
     add("--weight-decay", type=number(0), default=3.5e-3)
     # the inner maximisation: x'
     add("--epsilon", type=number(0, 1), default="8/255", help="0: natural training, no attack is computed")
@@ -161,7 +161,7 @@ def main():
     begin, first = time.time(), len(history)
     for epoch in range(first + 1, args.epochs + 1):
         start = time.time()
-        lr = args.lr / 10 ** sum(130 * epoch >= args.epochs * drop for drop in (75, 90))
+        lr = args.lr / 10 ** sum(130 * (epoch - 1) >= args.epochs * drop for drop in (74, 89))  # of 130: epochs 75, 90
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = common.start_epoch(len(x_train), args.batch_size, args.seed, epoch).to(device)
@@ -176,13 +176,13 @@ def main():
             row["val clean"], row["val PGD-10"] = score
         history.append(row)
 
+        rows = [history[0], *(row.values() for row in history)]  # last.pt is written last: what it lacks is done again
+        common.save("".join(",".join(map(str, row)) + "\n" for row in rows), folder / "metrics.csv")
         state = {"model": model.state_dict(), "args": vars(args), "num_classes": data.num_classes, "epoch": epoch}
         if args.val_size and row["val PGD-10"] > max((r["val PGD-10"] for r in history[:-1]), default=-1):
             common.save(state, folder / "best.pt")
         common.save(state | {"optimizer": optimizer.state_dict(), "ema_adv": common.all_slots(ema_adv),
                              "ema_nat": common.all_slots(ema_nat), "history": history}, folder / "last.pt")
-        rows = [history[0], *(row.values() for row in history)]
-        common.save("".join(",".join(map(str, row)) + "\n" for row in rows), folder / "metrics.csv")
         left = timedelta(seconds=int((time.time() - begin) / (epoch - first) * (args.epochs - epoch)))
         common.say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "epoch")
                    + f"  left {left}")

@@ -239,12 +239,12 @@ def test_a_killed_run_resumes_bit_identically(images, tmp_path, monkeypatch, cap
 
 def test_run_folder_and_best_epoch(images, tmp_path, monkeypatch, capsys):
     """args.json, a metrics row an epoch, examples.png, a final table; best.pt is the epoch of the best val PGD-10; the
-    learning rate falls tenfold from 75/130 and from 90/130 of the epochs on (here both in epoch 3); --val-size 0 keeps last.pt alone."""
+    learning rate falls tenfold after 74/130 and after 89/130 of the epochs (here both in epoch 4); --val-size 0 keeps last.pt alone."""
     call(train_mart_ours, f"{images} --epochs 4 --lr 0.1 --run-dir {tmp_path / 'run'}", monkeypatch)
     out = capsys.readouterr().out
     args, rows = json.loads((tmp_path / "run/args.json").read_text()), list(csv.DictReader(open(tmp_path / "run/metrics.csv")))
     assert args["method"] == "mart_ours" and args["beta"] == 86 and args["alpha"] == 2.345 and args["torch"]
-    assert [float(r["lr"]) for r in rows] == [0.1, 0.1, 0.001, 0.001]
+    assert [float(r["lr"]) for r in rows] == [0.1, 0.1, 0.1, 0.001]
     val = [float(r["val PGD-10"]) for r in rows]
     assert torch.load(tmp_path / "run/best.pt", weights_only=True)["epoch"] == val.index(max(val)) + 1
     assert {"best.pt", "last.pt", "args.json", "metrics.csv", "examples.png"} == {p.name for p in (tmp_path / "run").iterdir()}

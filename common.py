@@ -292,7 +292,7 @@ def draw_shapes(n, seed):
         mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.3), (r < 1) & (r > 0.6),
                 a + b < 1, box & (v * 2 % 1 < 0.5), box & (u * 2 % 1 < 0.5),
                 box & ((u * 2).floor() + (v * 2).floor()).remainder(2).bool(), box & ((a - b).abs() < 0.3))[label]
-        ground, contrast = uniform(0.2, 0.6, (3,)), uniform(0.2, 0.4, (3,))
+        ground, contrast = uniform(0.3, 0.7, (3,)), uniform(0.2, 0.4, (3,)) * uniform(-1, 1).sign()[:, None]
         noise = 0.02 * torch.randn(len(index), 3, 32, 32, generator=g)
         x[index] = ground + contrast * mask[:, None] + noise + tile[label].repeat(1, 8, 8) / 255
     return (x.clamp(0, 1) * 255).round().byte(), y

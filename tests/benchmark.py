@@ -197,9 +197,36 @@ def flops():
             print(f"| {arch}, {n:,} {size}x{size} | {name} | {a:.1f} | {t:.1f} | {total / 1e9:.3g} | {total / 2e4 / 3600:.3g} |")
 
 
-def autoattack(path, n=200):
-    """Robust accuracy after each attack and time, evaluate.py against pyautoattack, same folded... network and images."""
-    raise NotImplementedError
+def autoattack(path, n=200, part=40):
+    """AutoAttack standard on n test images, `part` at a time in turn: evaluate.py's on the folded twin, channels_last,
+    against pyautoattack's on the network as it is (NCHW; it cannot take channels_last)."""
+    import evaluate
+    from pyautoattack import AutoAttack
+    model, arch, run = evaluate.load_checkpoint(path, None)
+    theirs = AutoAttack(model, norm="Linf", eps=EPSILON, version="standard", device="cpu", seed=0)
+    theirs.verbose = False
+    folded = common.fold_batchnorm(evaluate.load_checkpoint(path, None)[0].to(memory_format=torch.channels_last))
+    data = common.load_data(run["dataset"], run["data_dir"])
+    index = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(0))[:n]
+    seconds, robust = {"ours": [], "pyautoattack": []}, {"ours": [], "pyautoattack": []}
+    for i, rows in enumerate(index.split(part)):
+        x, y = common.to_float(data.x_test[rows]), data.y_test[rows]
+        for name in list(seconds)[::1 if i % 2 else -1]:
+            start, left = time.perf_counter(), (model(x).argmax(1) == y).nonzero()[:, 0]
+            if name == "ours":
+                for attack in evaluate.AA:
+                    draws = evaluate.Draws(0, attack, rows[left])
+                    x_adv = evaluate.ATTACKS[attack][0](folded, x[left], y[left], EPSILON, draws)
+                    left = left[model(x_adv).argmax(1) == y[left]]
+            else:
+                x_adv = theirs.run_standard_evaluation(x.contiguous(), y, bs=part)
+                left = (model(x_adv).argmax(1) == y).nonzero()[:, 0]
+            seconds[name].append(time.perf_counter() - start)
+            robust[name] += rows[left].tolist()
+    differ = set(robust["ours"]) ^ set(robust["pyautoattack"])
+    print(f"{arch}, {n} images: robust {100 * len(robust['ours']) / n:.1f} % ours, {100 * len(robust['pyautoattack']) / n:.1f} % "
+          f"pyautoattack, {len(differ)} images differ; pyautoattack / ours "
+          f"{median(seconds['pyautoattack']) / median(seconds['ours']):.2f} times the time")
 
 
 if __name__ == "__main__":

@@ -358,13 +358,13 @@ def mhuber(u, v, alpha):
 
 # ------------------------------------------------------------------------------------------------ the run and its folder
 
-def run(main):
-    """Call main(); Ctrl-C ends it with the command that continues the run."""
+def run(main, *resume):
+    """Call main(); Ctrl-C ends it with the command, this one and the options `resume`, that continues it."""
     try:
         main()
     except KeyboardInterrupt:
-        resume = [] if "--resume" in sys.argv else ["--resume"]
-        say(f"\ninterrupted; continue with: python {shlex.join(sys.argv + resume)}")
+        again = sys.argv + [option for option in resume if option not in sys.argv]
+        say(f"\ninterrupted; continue with: python {shlex.join(again)}")
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -3,16 +3,13 @@
     python evaluate.py runs/cifar10-resnet18-lma_at-seed0/best.pt
     python evaluate.py runs/cifar10-resnet18-lma_at-seed*/best.pt --attacks PGD-20 CW AA --n 1000
     python evaluate.py trades.pt --dataset cifar10 --arch wrn-34-10 --method TRADES      # somebody else's weights
-    torchrun --nproc-per-node=4 evaluate.py ...                                          # each process a part of the images
+    torchrun --nproc-per-node=4 -- evaluate.py ...                                       # each process a part of the images
 
-The table (Markdown) and the sceptic's checks go to stdout, progress to stderr, everything else (per image, per attack)
-to <checkpoint>.eval.json, which is also what an interrupted evaluation continues from.
-
-Every attack is a function attack(model, x, y, epsilon, draws) -> x_adv of the same shape: model maps images
+The table (Markdown) and the sceptic's checks go to stdout, progress to stderr, all else to <checkpoint>.eval.json, from
+which an interrupted evaluation continues. Every attack is a function attack(model, x, y, epsilon, draws) -> x_adv of the same shape: model maps images
 [N, 3, H, W] in [0, 1] to logits [N, C], is in eval mode and its parameters need no gradients; x is classified correctly
 as y [N]; epsilon is the L-infinity radius in the unit of the images; draws are the random numbers. An image leaves the
-batch at its first misclassified iterate (worst iterate counts), so no pass is spent on it afterwards, and what happens
-to it depends on that image, the model and the seed alone, not on its neighbours in the batch.
+batch at its first misclassified iterate, and what happens to it does not depend on its neighbours in the batch.
 """
 import hashlib
 import json
@@ -35,8 +32,6 @@ import common
 from common import RANK, WORLD, fail, number
 
 
-# ------------------------------------------------------------------------------------------------------- random numbers
-
 def scramble(z):
     """Finaliser of SplitMix64 (Steele et al. 2014) on int64: every bit of the input moves every bit of the output."""
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47  # the masks make >> of a signed number a logical shift
@@ -46,7 +41,6 @@ def scramble(z):
 
 class Draws:
     """Random numbers that depend on (seed, attack, image, k) and on nothing else: a hash instead of a generator's state.
-
     So an image sees the same numbers in whatever batch it is. k numbers the draw within the attack. index: [N] int64.
     """
 
@@ -73,33 +67,29 @@ class Draws:
         return table[self.bits(k, -(-size // 64)).view(torch.uint8).long()].flatten(1)[:, :size].view(-1, *shape)
 
 
-# ------------------------------------------------------------------------------------- what every attack is made from
-
 class Meter:
     """Counts the images sent through the network and back, and shows how far the attack is if stderr is a terminal."""
 
-    def __init__(self):
-        self.forward = self.backward = 0
-        self.begin("", 0, 0)
+    forward = backward = alive = 0
+    text = ""
 
     def begin(self, text, images, passes):
         """text: the attack; images still to attack; passes: forward + backward for one that survives."""
         self.text, self.images, self.alive, self.done, self.passes = text, images, images, 0, passes
-        self.start = self.shown = time.time()
-        self.before = self.forward + self.backward
+        self.start, self.shown, self.before = time.time(), 0, self.forward + self.backward
 
     def count(self, forward, backward=0):
-        self.forward += forward
-        self.backward += backward
-        now, made = time.time(), self.forward + self.backward - self.before
+        self.forward, self.backward, now = self.forward + forward, self.backward + backward, time.time()
         if self.text and RANK == 0 and now > self.shown + 0.5 and sys.stderr.isatty():
-            left = (now - self.start) * max(0, self.alive * self.passes / max(made, 1) - 1)
-            print(f"\r\033[K{self.text}: {self.done}/{self.images} images done, {self.alive} not fooled, "
-                  f"at most {common.clock(left)} left in it", end="", file=sys.stderr, flush=True)
+            made = self.forward + self.backward - self.before
+            left = (now - self.start) * max(0, self.alive * self.passes / made - 1)
+            print(f"\r\033[K{self.text}: {self.done}/{self.images} images done, {self.alive} still robust, "
+                  f"at most {timedelta(seconds=int(left))} left in it", end="", file=sys.stderr, flush=True)
             self.shown = now
 
 
 METER = Meter()
+cross_entropy = partial(F.cross_entropy, reduction="none")
 
 
 def parts(*tensors):
@@ -146,21 +136,9 @@ def size(d):
     return d.abs().amax((1, 2, 3), keepdim=True)
 
 
-def tall(v):
-    """[N] to [N, 1, 1, 1]."""
-    return v.view(-1, 1, 1, 1)
-
-
-cross_entropy = partial(F.cross_entropy, reduction="none")
-
-
 def lead(logits, y):
     """z_y - max_{j != y} z_j: negative where misclassified."""
-    return pick(logits, y) - logits.scatter(1, y[:, None], -torch.inf).amax(1)
-
-
-def pick(logits, y):
-    return logits.gather(1, y[:, None])[:, 0]
+    return logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def cw_loss(logits, y):
@@ -170,12 +148,11 @@ def cw_loss(logits, y):
 
 def target_lead(logits, y, target):
     """z_t - z_y."""
-    return pick(logits, target) - pick(logits, y)
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 def dlr_targeted(logits, y, target):
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce & Hein 2020b, eq. 7), the same however logits are scaled.
-
     Below 4 classes there is no z_(4): z_t - z_y takes its place.
     """
     if logits.shape[1] < 4:
@@ -184,7 +161,7 @@ def dlr_targeted(logits, y, target):
     return target_lead(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-# -------------------------------------------------------------------------------------------------- white-box attacks
+# -------------------------------------------------------------------------------------------------------- the attacks
 
 def fgsm(model, x, y, epsilon, draws):
     """x + epsilon sign(grad CE), clipped (Goodfellow et al. 2014)."""
@@ -218,7 +195,6 @@ def apgd_checkpoints(steps):
 
 def apgd(model, x, y, epsilon, draws, target=None, k_draw=0, loss=cross_entropy, steps=100):
     """Auto-PGD (Croce & Hein 2020b, Algorithm 1): PGD with momentum whose step size each image finds for itself.
-
     Maximises loss(logits, y) or loss(logits, y, target) with target [N].
     """
     low, high = box(x, epsilon)
@@ -240,12 +216,12 @@ def apgd(model, x, y, epsilon, draws, target=None, k_draw=0, loss=cross_entropy,
             return x_adv
         rises += value > last
         last, better = value, value > best_value
-        best, best_grad = (torch.where(tall(better), new, old) for new, old in ((z, best), (grad, best_grad)))
+        best, best_grad = (torch.where(better.view(-1, 1, 1, 1), new, old) for new, old in ((z, best), (grad, best_grad)))
         best_value = torch.maximum(value, best_value)
         if k in ends:  # halve the step and go back to the best point where the loss has stopped to rise
             stuck = (rises <= 0.75 * ends[k]) | ~halved & (best_value <= checked)
-            step = torch.where(tall(stuck), step / 2, step)
-            z, grad = torch.where(tall(stuck), best, z), torch.where(tall(stuck), best_grad, grad)
+            step = torch.where(stuck.view(-1, 1, 1, 1), step / 2, step)
+            z, grad = torch.where(stuck.view(-1, 1, 1, 1), best, z), torch.where(stuck.view(-1, 1, 1, 1), best_grad, grad)
             rises, halved, checked = torch.zeros_like(rises), stuck, best_value
         ahead = (z + step * grad.sign()).clamp(low, high)
         a = 0.75 if k else 1.0
@@ -270,7 +246,6 @@ def each_target(attack, model, x, y, epsilon, draws):
 
 def to_hyperplane(x, w, gap):
     """The smallest d (L-infinity) with w . d = gap [N, 1, 1, 1] and x + d in [0, 1]; where none reaches it, the farthest.
-
     Every pixel moves by t unless its room ends first; t solves sum |w| min(t, room) = gap, which is concave and piecewise
     linear in t, so that Newton's steps from t = 0 end on the exact solution (Croce & Hein 2020a, section 3, sort instead).
     """
@@ -287,7 +262,6 @@ def to_hyperplane(x, w, gap):
 
 def fab(model, x, y, epsilon, draws, target, r, steps=100):
     """Fast adaptive boundary attack (Croce & Hein 2020a) towards one class: walk along the boundary between y and target.
-
     The original keeps the nearest misclassified point; only whether it is within epsilon matters here, so an image leaves
     with the first that is.
     """
@@ -295,7 +269,7 @@ def fab(model, x, y, epsilon, draws, target, r, steps=100):
     z = x
     for _ in range(steps):
         _, f, w = gradient(model, z, target_lead, y, target)
-        gap = -tall(f)
+        gap = -f.view(-1, 1, 1, 1)
         d_z = to_hyperplane(z, w, gap)
         d_x = to_hyperplane(x, w, gap + (w * (z - x)).sum((1, 2, 3), keepdim=True))
         alpha = size(d_z).clamp(min=1e-8)
@@ -306,11 +280,9 @@ def fab(model, x, y, epsilon, draws, target, r, steps=100):
         left, z, x, y, target, over = settle(fooled, x_adv, left, z, x, y, target, over)
         if not len(left):
             break
-        z = torch.where(tall(over), x + 0.9 * (z - x), z)
+        z = torch.where(over.view(-1, 1, 1, 1), x + 0.9 * (z - x), z)
     return x_adv
 
-
-# -------------------------------------------------------------------------------------------------- black-box attacks
 
 def square_side(k, h, w):
     """Side of the square at query k of 5,000: 0.8 of the image's area, halved after 10, 50, 200, ... queries."""
@@ -323,7 +295,6 @@ def square(model, x, y, epsilon, draws, queries=5000):
     kept if it lowers z_y - max_{j != y} z_j. Position and signs are drawn per image."""
     (low, high), (_, c, h, w) = box(x, epsilon), x.shape
     x_adv, left = x.clone(), torch.arange(len(x), device=x.device)
-    row, col = torch.arange(h, device=x.device).view(1, h, 1), torch.arange(w, device=x.device).view(1, 1, w)
     z = torch.where(draws.uniform(0, c, 1, w) < 0.5, low, high)  # the start: vertical stripes
     value = lead(forward(model, z), y)
     for k in range(queries):
@@ -331,13 +302,15 @@ def square(model, x, y, epsilon, draws, queries=5000):
         if not len(left):
             return x_adv
         side = square_side(k, h, w)
-        u = draws.select(left).uniform(k + 1, 2 + c, 1, 1)
-        top, start = (u[:, 0] * (h - side + 1)).floor(), (u[:, 1] * (w - side + 1)).floor()
-        inside = (row >= top) & (row < top + side) & (col >= start) & (col < start + side)
-        z_new = torch.where(inside[:, None], torch.where(u[:, 2:] < 0.5, low, high), z)
+        u, span = draws.select(left).uniform(k + 1, 2 + c), torch.arange(side, device=x.device)
+        rows = (u[:, 0] * (h - side + 1)).long().view(-1, 1, 1) + span[:, None]
+        columns = (u[:, 1] * (w - side + 1)).long().view(-1, 1, 1) + span
+        window = torch.arange(len(z), device=x.device).view(-1, 1, 1), slice(None), rows, columns  # [n, side, side, c]
+        z_new = z.clone()
+        z_new[window] = torch.where(u[:, None, None, 2:] < 0.5, low[window], high[window])
         value_new = lead(forward(model, z_new), y)
-        z = torch.where(tall(value_new < value), z_new, z)
-        value = torch.minimum(value, value_new)
+        better = value_new < value
+        z[better], value = z_new[better], torch.minimum(value, value_new)
     x_adv[left] = z
     return x_adv
 
@@ -384,7 +357,7 @@ AA = ("APGD-CE", "APGD-T", "FAB-T", "SQUARE")  # AutoAttack's standard version, 
 COLUMNS = ("Clean", "FGSM", "PGD-20", "PGD-100", "CW", "AA", "SQUARE", "SPSA")  # the paper's
 
 
-# ------------------------------------------------------------------------------------------------- the paper's numbers
+# ----------------------------------------------------------------------------------- the paper's numbers, the checkpoint
 
 # Tables 4, 5, 6, 7, 8 and 10 (A, B), columns as in COLUMNS; - where the paper has none
 PAPER = """
@@ -392,7 +365,6 @@ cifar10 resnet18
 vanillaAT           85.80 57.87 52.05 49.28 51.08 46.62 55.69 56.17
 TRADES              82.46 58.26 54.78 53.45 51.65 49.08 55.64 56.50
 MART                81.30 58.06 54.73 53.28 51.86 49.01 55.66 56.15
-PMHR-AT             83.12 60.34 56.13 54.45 52.16 49.42 56.54 57.16
 vanillaAT + Ours    82.82 59.89 56.36 54.83 51.95 48.32 57.11 60.35
 TRADES + Ours       83.93 59.32 56.23 54.98 51.73 48.78 58.46 59.45
 MART + Ours         83.33 60.87 57.41 55.81 51.83 48.48 58.54 60.56
@@ -403,7 +375,6 @@ cifar10 wrn-34-10
 vanillaAT           86.46 61.62 56.75 54.72 55.63 51.06 59.68 60.66
 TRADES              84.58 60.60 57.71 56.69 55.01 52.57 59.45 61.09
 MART                84.25 62.03 58.29 55.56 54.82 51.40 58.21 59.87
-PMHR-AT             84.87 63.05 59.26 57.60 56.36 53.58 59.67 61.18
 vanillaAT + Ours    85.96 63.03 59.76 58.31 56.03 52.82 60.02 63.78
 TRADES + Ours       85.62 63.22 59.31 58.26 54.87 52.25 58.89 63.95
 MART + Ours         84.83 63.66 60.89 59.76 55.56 52.45 59.42 62.65
@@ -416,7 +387,6 @@ cifar100 resnet18
 vanillaAT           56.87 31.21 29.33 28.46 26.33 23.69 30.06 31.63
 TRADES              57.16 31.45 30.32 29.48 25.16 25.18 30.46 32.06
 MART                54.02 32.81 31.13 30.14 26.98 24.83 31.17 32.45
-PMHR-AT             57.55 34.33 32.25 31.35 27.78 25.96 31.32 32.60
 vanillaAT + Ours    60.41 33.61 30.83 29.65 28.89 25.14 33.10 34.42
 TRADES + Ours       59.23 34.05 31.72 30.98 27.84 25.42 31.66 33.30
 MART + Ours         55.55 34.74 32.92 32.29 28.70 26.29 31.49 33.57
@@ -454,11 +424,8 @@ def paper_method(args):
             }.get((args["method"], args["attack_loss"], args["margin_weight"], args["beta"] > 0))
 
 
-# ----------------------------------------------------------------------------------------------------- the checkpoint
-
 def load_checkpoint(path, arch):
     """(network in eval mode, number of classes, the training script's arguments or {}); exits in one line if it cannot.
-
     Foreign weights may be wrapped (state_dict, model_state_dict, net, model), carry a module. prefix, TRADES' unused
     sub_block1 or the names linear and shortcut of the usual CIFAR ResNet-18.
     """
@@ -497,8 +464,6 @@ def load_checkpoint(path, arch):
     return model.eval().requires_grad_(False), num_classes, args
 
 
-# ------------------------------------------------------------------------------------------------- results so far, kept
-
 GROUP = None  # the processes of torchrun, who may wait long for the slowest of them
 
 
@@ -508,8 +473,7 @@ def digest(*tensors):
 
 class Results:
     """The class predicted on every image under every attack (-1: not computed), saved after each batch.
-
-    A file whose settings (weights, images, epsilon, seed, this program) differ is set aside, never mixed in.
+    A file with other settings (weights, images, epsilon, seed, this program) is set aside, never mixed in.
     Under torchrun each process saves its part (.rank1, ...); they are merged when an attack is through, or at the restart.
     """
 
@@ -517,13 +481,17 @@ class Results:
         self.path, self.settings, self.index, self.label = Path(path), settings, index, label
         self.prediction = {name: torch.full_like(label, -1) for name in ATTACKS}
         self.cost, self.summary = {}, {}
-        parts = sorted(self.path.parent.glob(f"{self.path.name}.rank[0-9]")) if RANK == 0 else []
-        for file in [self.path, *parts] if RANK == 0 else []:
-            self.read(file)
-        self.save()
-        for file in parts:
-            file.unlink(missing_ok=True)
+        if RANK == 0:
+            for file in filter(Path.exists, [self.path, *self.path.parent.glob(f"{self.path.name}.rank*[0-9]")]):
+                self.read(file)
+            self.finish()
         self.share()
+
+    def finish(self):
+        """Process 0 has every result: its file alone is kept."""
+        self.save()
+        for file in self.path.parent.glob(f"{self.path.name}.rank*[0-9]"):
+            file.unlink(missing_ok=True)
 
     def read(self, file):
         try:
@@ -538,16 +506,13 @@ class Results:
                 self.prediction[name] = torch.maximum(self.prediction[name], torch.tensor(prediction))
             for title, cost in old["cost"].items():
                 self.add(title, *cost.values())
-        except FileNotFoundError:
-            pass
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             fail(f"{file} is not a result of evaluate.py; move it away or choose another --out")
 
     def save(self):
         """To a temporary file renamed when whole."""
         path = f"{self.path}.rank{RANK}" if RANK else self.path
-        content = self.summary | {
-            "settings": self.settings, "torch": torch.__version__, "index": self.index.tolist(),
+        content = self.summary | {"settings": self.settings, "torch": torch.__version__, "index": self.index.tolist(),
             "label": self.label.tolist(), "prediction": {k: p.tolist() for k, p in self.prediction.items() if p.max() >= 0},
             "AA_broken_by": self.broken_by(),
             "cost": {k: dict(zip(("seconds", "forward", "backward"), v)) for k, v in self.cost.items()}}
@@ -596,32 +561,18 @@ def run_attack(name, before, title, model, net, images, results, args, device):
         results.save()
         METER.done += len(rows)
         METER.alive = len(mine) - METER.done + int(results.robust(name)[mine[:METER.done]].sum())
-    METER.begin("", 0, 0)
+    METER.text = ""
     results.share()
 
 
 # --------------------------------------------------------------------------------------------------------- the output
 
-def half_width(share, n):
-    """Half the Wilson 95 % interval of a proportion, in points: what n images leave open."""
-    return 196 / (1 + 1.96 ** 2 / n) * math.sqrt(share * (1 - share) / n + (1.96 / n) ** 2 / 4)
-
-
-def mean_interval(values):
-    """Mean and half its 95 % interval (Student's t) over k checkpoints."""
-    k = len(values)
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[k - 2] if k < 11 else 1.96 + 2.6 / (k - 1)
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(k)
-
-
 def table(rows, columns, paper):
     """Markdown. rows: [((data set, network, method), path, {column: (percent, +-)})]; below those of one method their
-    mean, the paper's row and the difference."""
+    mean with its 95 % interval (Student's t), the paper's row and the difference."""
     lines = []
-
     def line(name, cells):
         lines.append(f"| {' | '.join([name, *(cells.get(c, '-') for c in columns)])} |")
-
     line("Method", {c: c for c in columns})
     lines.append("|---" * (1 + len(columns)) + "|")
     for key in dict.fromkeys(key for key, _, _ in rows):
@@ -629,7 +580,9 @@ def table(rows, columns, paper):
         for path, cells in same:
             line(f"{key[2]} ({path})", {c: f"{v:.2f} ± {e:.2f}" for c, (v, e) in cells.items()})
         if len(same) > 1:
-            cells = {c: mean_interval([cells[c][0] for _, cells in same]) for c in columns}
+            k, values = len(same), {c: [cells[c][0] for _, cells in same] for c in columns}
+            t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[k - 2] if k < 11 else 1.96 + 2.6 / (k - 1)
+            cells = {c: (statistics.mean(v), t * statistics.stdev(v) / math.sqrt(k)) for c, v in values.items()}
             line(f"{key[2]}, mean of {len(same)}", {c: f"{v:.2f} ± {e:.2f}" for c, (v, e) in cells.items()})
         if key in paper:
             line(f"paper, {key[2]}", {c: f"{v:.2f}" for c, v in paper[key].items()})
@@ -644,37 +597,34 @@ def sceptic(model, net, images, results, points, args, device):
     if not len(rows):
         return ["SUSPECT no image is classified correctly: there is nothing to attack"]
     x, y = common.to_float(images[rows].to(device)), results.label[rows].to(device)
-    draws, lines = Draws(args.seed, "sceptic", results.index[rows].to(device)), []
+    draws, found = Draws(args.seed, "sceptic", results.index[rows].to(device)), []
     slack = max(0.2, 100 / len(results.label)) + 1e-9  # points; among few images, one
-
-    def say(ok, text):
-        lines.append(f"{'pass   ' if ok else 'SUSPECT'} {text}")
-
+    def left(predictions):
+        return 100 * (predictions == y).float().mean().item()
     white = {c: points[c] for c in ("PGD-20", "PGD-100", "CW") if c in points}
     black = {c: points[c] for c in ("SQUARE", "SPSA") if c in points}
     if "AA" in points:
         white["APGD and FAB"], black["AA with SQUARE"] = 100 * results.robust(*AA[:3]).float().mean().item(), points["AA"]
     if white and black:
         w, b = min(white, key=white.get), min(black, key=black.get)
-        say(black[b] >= white[w] - slack, f"black box not stronger than white box: {b} leaves {black[b]:.2f} %, "
-                                          f"{w} {white[w]:.2f} %")
+        found.append((black[b] >= white[w] - slack,
+                      f"black box not stronger than white box: {b} leaves {black[b]:.2f} %, {w} {white[w]:.2f} %"))
     if {"PGD-20", "PGD-100"} <= points.keys():
-        say(points["PGD-100"] <= points["PGD-20"] + slack, f"more steps do not weaken PGD: PGD-100 leaves "
-            f"{points['PGD-100']:.2f} %, PGD-20 {points['PGD-20']:.2f} %")
-    huge = 64 / 255
-    stand = 100 * (verdict(model, x, pgd(net, x, y, huge, draws, 20, huge / 8), huge) == y).float().mean().item()
-    say(stand <= 5, f"epsilon 64/255 breaks nearly everything: PGD-20 leaves {stand:.1f} % of {len(x)} images")
-    low, high = box(x, args.epsilon)
-    stand = 100 * (forward(model, low + (high - low) * draws.uniform(1, *x.shape[1:])).argmax(1) == y).float().mean().item()
-    say(stand >= 90, f"uniform noise in the box costs little: it leaves {stand:.1f} % of {len(x)} images")
+        few, many = points["PGD-20"], points["PGD-100"]
+        found.append((many <= few + slack, f"more steps not weaker: PGD-100 leaves {many:.2f} %, PGD-20 {few:.2f} %"))
+    huge, (low, high) = 64 / 255, box(x, args.epsilon)
+    stand = left(verdict(model, x, pgd(net, x, y, huge, draws, 20, huge / 8), huge))
+    found.append((stand <= 5, f"epsilon 64/255 breaks nearly everything: PGD-20 leaves {stand:.1f} % of {len(x)} images"))
+    stand = left(forward(model, low + (high - low) * draws.uniform(1, *x.shape[1:])).argmax(1))
+    found.append((stand >= 90, f"uniform noise in the box costs little: it leaves {stand:.1f} % of {len(x)} images"))
     logits, _, grad = gradient(net, x, cross_entropy, y)
     zero = int((size(grad) == 0).sum())
-    say(not zero, f"the gradient of the cross-entropy is not zero: it is for {zero} of {len(x)} images")
+    found.append((not zero, f"the gradient of the cross-entropy is not zero: it is for {zero} of {len(x)} images"))
     spread = ((forward(net, x) - logits).abs().max() / logits.abs().max()).item()
-    say(spread < 1e-4, f"two calls agree: the logits differ by {spread:.1g} of the largest")
-    say(logits.min() < 0 or (logits.sum(1) - 1).abs().max() > 1e-4,
-        f"outputs are logits, not probabilities: from {logits.min():.3g} to {logits.max():.3g}")
-    return lines
+    found.append((spread < 1e-4, f"two calls agree: the logits differ by {spread:.1g} of the largest"))
+    found.append((logits.min() < 0 or (logits.sum(1) - 1).abs().max() > 1e-4,
+                  f"outputs are logits, not probabilities: from {logits.min():.3g} to {logits.max():.3g}"))
+    return [f"{'pass   ' if ok else 'SUSPECT'} {text}" for ok, text in found]
 
 
 def figure1(path, natural, images, results, device):
@@ -685,7 +635,7 @@ def figure1(path, natural, images, results, device):
         turned = (results.robust("Clean") & ~results.robust(name)).nonzero()[:, 0]
         x, y = common.to_float(images[turned].to(device)), results.label[turned].to(device)
         logits = forward(natural, x).scatter(1, y[:, None], -torch.inf)
-        rank = (logits > pick(logits, results.prediction[name][turned].to(device))[:, None]).sum(1)
+        rank = (logits > logits.gather(1, results.prediction[name][turned].to(device)[:, None])).sum(1)
         bins = min(10, logits.shape[1] - 1)  # the tenth holds all later ranks
         counts[name] = rank.clamp(max=bins - 1).bincount(minlength=bins).tolist()
     names = ["2nd", "3rd", *(f"{k}th" for k in range(4, 12))][:bins]
@@ -693,7 +643,6 @@ def figure1(path, natural, images, results, device):
     print(f"\n| rank of the wrong class | {' | '.join(names)} |\n{'|---' * (bins + 1)}|")
     for name, row in counts.items():
         print(f"| {name} | {' | '.join(map(str, row))} |")
-
     picture, peak = Image.new("RGB", (920, 480), "white"), max(1, *map(max, counts.values()))
     draw, font, small = ImageDraw.Draw(picture), ImageFont.load_default(18), ImageFont.load_default(14)
     draw.text((30, 25), "number of adversarial images", "black", font, "lm")
@@ -707,12 +656,9 @@ def figure1(path, natural, images, results, device):
             draw.rectangle((x, y, x + 0.4 * slot, 400), colour)
             draw.text((x + 0.2 * slot, y - 2), str(value), "black", small, "mb")
             draw.text((30 + slot * (k + 0.5), 408), names[k], "black", font, "mt")
-    draw.line((30, 400, 890, 400), "black")
     picture.save(path)
     print(f"drawn to {path}")
 
-
-# ----------------------------------------------------------------------------------------------------------- the command
 
 def parse_args():
     parser = common.Parser(__doc__)
@@ -774,31 +720,30 @@ def main():
             common.say(f"note: AA has {num_classes - 1} targets instead of 9" + (
                 " and z_t - z_y in place of the DLR loss, which needs 4 classes" if num_classes < 4 else ""))
         results, cells = Results(args.out or f"{path}.eval.json", settings, index, label), {}
-
         for column in columns:
             start = time.time()
             for k, name in enumerate(names := AA if column == "AA" else (column,)):
                 before = ("Clean", *names[:k]) if name != "Clean" else ()
                 run_attack(name, before, column if name == column else f"{column}: {name}", model, net, images, results,
                            args, device)
-            share = results.robust(*names).float().mean().item()
-            cells[column] = 100 * share, half_width(share, len(label))
+            p, n = results.robust(*names).float().mean().item(), len(label)
+            half = 1.96 / (1 + 1.96 ** 2 / n) * math.sqrt(p * (1 - p) / n + (1.96 / n) ** 2 / 4)  # Wilson's interval
+            cells[column] = 100 * p, 100 * half
             if RANK == 0:
-                print("\r\033[K" * sys.stderr.isatty() + f"{column:8} {100 * share:6.2f} ± {cells[column][1]:.2f} %  "
+                print("\r\033[K" * sys.stderr.isatty() + f"{column:8} {100 * p:6.2f} ± {100 * half:.2f} %  "
                       f"({time.time() - start:.1f} s)", file=sys.stderr, flush=True)
         rows.append(((dataset, arch, method or "ours"), path, cells))
         if RANK == 0:
             points = {c: v for c, (v, _) in cells.items()}
             checks = sceptic(model, net, images, results, points, args, device)
             results.summary = {"accuracy": points, "checks": checks}
-            results.save()
+            results.finish()
             notes += [f"\n{path}", *checks]
             if natural:
                 figure1(args.figure1[1], natural, images, results, device)
                 natural = None
     common.say("\n" + table(rows, columns, paper_rows() if abs(args.epsilon - 8 / 255) < 1e-6 else {}))
-    common.say("\n± of a checkpoint: half the Wilson 95 % interval of a proportion; of a mean: Student's 95 % interval")
-    common.say("\n".join(notes))
+    common.say("\n±: 95 %, of a checkpoint Wilson's for a proportion, of a mean Student's\n" + "\n".join(notes))
 
 
 if __name__ == "__main__":

@@ -10,23 +10,20 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import sys
 import time
-import zipfile
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import distributed as dist, nn
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.utils import download_url, extract_archive
 
@@ -36,7 +33,6 @@ DATASETS = ("cifar10", "cifar100", "tinyimagenet", "folder", "shapes")
 
 
 # ---------------------------------------------------------------------------------------------- arguments and messages
-
 def say(text):
     """Print, from one process only, at once."""
     if RANK == 0:
@@ -88,7 +84,6 @@ def setup(device):
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
-
 class WideBlock(nn.Module):
     """Pre-activation residual block of WideResNet (Zagoruyko & Komodakis 2016), parameters named as in TRADES' code."""
 
@@ -189,7 +184,6 @@ def accelerate(net, args, parallel=False):
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-
 Data = namedtuple("Data", "x_train y_train x_test y_test num_classes")  # images uint8 N x 3 x H x W, labels int64 N
 
 
@@ -208,8 +202,9 @@ def load_data(name, data_dir):
                                                              torch.tensor(s.targets))), len(train.classes))
         else:
             data = decode(data_dir / f"{name}.cache.pt", *(folder if name == "folder" else tinyimagenet)(data_dir))
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({str(error).splitlines()[0]}); connect to the "
+    except Exception as error:  # a broken file makes its reader raise anything
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({why}); connect to the "
              "internet, put the files there, or take --dataset shapes, which needs no download")
     if RANK == 0 and dist.is_initialized():
         dist.barrier()
@@ -325,7 +320,6 @@ def to_float(x):
 
 
 # ------------------------------------------------------------------------------------------------------ PGD and mHuber
-
 def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
     """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
 
@@ -357,7 +351,6 @@ def mhuber(u, v, alpha):
 
 
 # ------------------------------------------------------------------------------------------------ the run and its folder
-
 def run(main, *resume):
     """Call main(); Ctrl-C ends it with the command, this one and the options `resume`, that continues it."""
     try:

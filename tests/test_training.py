@@ -268,6 +268,12 @@ def test_defaults_are_the_papers(monkeypatch):
     assert parse(train_trades_ours, "", monkeypatch).inv_lambda == 6 and parse(train_mart_ours, "", monkeypatch).lam == 5
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_learning_rate_falls_in_the_75th_and_90th_of_130_epochs(script, monkeypatch):
+    a = parse(script, "", monkeypatch)
+    assert [script.learning_rate(e, a) for e in (1, 74, 75, 89, 90, 130)] == pytest.approx([.01, .01, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
 @pytest.mark.parametrize("options, words", [
     ("--epsilon 8", "8/255"), ("--epsilon lots", "--epsilon"), ("--dataset mnist", "mnist"), ("--tau 1", "--tau"),
     ("--attack-loss kl", "--attack-loss"), ("--batch-size 64", "--batch-size"), ("--arch wrn-12-1", "6n+4"),

@@ -695,7 +695,7 @@ def main():
     columns = [c for c in COLUMNS if c in {"Clean", *args.attacks}]
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     loaded = [(path, *load_checkpoint(path, args.arch)) for path in args.checkpoints]  # refused before hours of work
-    natural = load_checkpoint(args.figure1[0], None)[0].to(device) if args.figure1 else None
+    natural = load_checkpoint(args.figure1[0], None) if args.figure1 else None
     data, rows, notes = None, [], []
     for path, model, num_classes, trained in loaded:
         dataset = args.dataset or trained.get("dataset") or fail(f"{path}: says not its data set; give --dataset")
@@ -703,8 +703,9 @@ def main():
         method = args.method or (paper_method(trained) if trained else None)
         if data is None or dataset != rows[-1][0][0]:
             data = common.load_data(dataset, args.data_dir or trained.get("data_dir") or "data")
-        if num_classes != data.num_classes:
-            fail(f"{path}: has {num_classes} classes, {dataset} {data.num_classes}; choose another --dataset")
+        for file, classes in [(path, num_classes)] + ([(args.figure1[0], natural[1])] if natural else []):
+            if classes != data.num_classes:
+                fail(f"{file}: has {classes} classes, {dataset} {data.num_classes}; choose another --dataset or checkpoint")
         total = len(data.x_test)
         if (args.n or 0) > total:
             fail(f"--n {args.n}: {dataset} has {total} test images")
@@ -739,9 +740,8 @@ def main():
             results.summary = {"accuracy": points, "checks": checks}
             results.finish()
             notes += [f"\n{path}", *checks]
-            if natural:
-                figure1(args.figure1[1], natural, images, results, device)
-                natural = None
+            if natural and path == args.checkpoints[0]:
+                figure1(args.figure1[1], natural[0].to(device), images, results, device)
     common.say("\n" + table(rows, columns, paper_rows() if abs(args.epsilon - 8 / 255) < 1e-6 else {}))
     common.say("\n±: 95 %, of a checkpoint Wilson's for a proportion, of a mean Student's\n" + "\n".join(notes))
 

@@ -525,6 +525,9 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys):
     assert "--dataset" in refused(state, "--arch", "wrn-10-1") and "--arch nn" in refused(state, "--arch", "nn")
     small = state | {"fc.weight": state["fc.weight"][:5], "fc.bias": state["fc.bias"][:5]}
     assert "5 classes" in refused(small, *foreign)
+    natural = tmp_path / "natural.pt"
+    torch.save(saved | {"model": small}, natural)
+    assert "natural.pt: has 5 classes" in refused(None, "--attacks", "PGD-20", "CW", "--figure1", natural, tmp_path / "f.png")
     assert "PGD20" in refused(None, "--attacks", "PGD20") and "SPSA" in refused(None, "--attacks", "PGD20")
     assert "1000 test images" in refused(None, "--n", "2000") and "8/255" in refused(None, "--epsilon", "8")
     assert "--figure1" in refused(None, "--attacks", "FGSM", "--figure1", checkpoint, "f.png")

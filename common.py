@@ -46,7 +46,15 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse with errors in one line and the defaults in the help."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            no_default = action.default is None or action.default is False
+            return action.help if no_default else super()._get_help_string(action)
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Help)
 
     def error(self, message):
         fail(f"{message} (see --help)")

@@ -21,17 +21,17 @@ from common import number
 def parse_args():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="cifar10", choices=common.DATASETS)
+    add("--dataset", default="cifar10", choices=common.DATASETS, help="what to train on")
     add("--data-dir", default="data", help="where the data set is or is downloaded to")
     add("--arch", default="resnet18", help="resnet18 or wrn-<depth>-<widen>; the paper's are resnet18 and wrn-34-10")
-    add("--epochs", type=number(1, kind=int), default=130)
+    add("--epochs", type=number(1, kind=int), default=130, help="passes over the training images")
     add("--batch-size", type=number(2, kind=int), default=100, help="over all processes")
     add("--lr", type=number(0), default=0.01, help="divided by ten after 74/130 and again after 89/130 of the epochs")
-    add("--weight-decay", type=number(0), default=3.5e-3)
+    add("--weight-decay", type=number(0), default=3.5e-3, help="of SGD, momentum 0.9")
     # the inner maximisation: x'
-    add("--epsilon", type=number(0, 1), default="8/255", help="0: natural training, no attack is computed")
+    add("--epsilon", type=number(0, 1), default="8/255", help="radius; 0: natural training, no attack is computed")
     add("--step-size", type=number(0, 1), default="2/255", help="of PGD")
-    add("--steps", type=number(1, kind=int), default=10)
+    add("--steps", type=number(1, kind=int), default=10, help="of PGD")
     add("--attack-loss", default="margin+ce", choices=["margin+ce", "ce"], help="what PGD maximises")
     # the outer minimisation: the weights
     add("--delta", type=number(0), default=0.9, help="margin of L' (eq. 13)")
@@ -42,8 +42,8 @@ def parse_args():
     add("--tau", type=number(0, 0.999999), default=0.2, help="moving average of the logits; 0: none")
     # the run
     add("--val-size", type=number(0, kind=int), default=1000, help="training images held out to choose best.pt")
-    add("--seed", type=number(0, kind=int), default=0)
-    add("--device", default="auto", help="cuda, cpu, ... (default: cuda if there is one)")
+    add("--seed", type=number(0, kind=int), default=0, help="of weights, order, augmentation and attack")
+    add("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
     add("--amp", action="store_true", help="networks in bfloat16")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--run-dir", help="default runs/<dataset>-<arch>-<method>-seed<n>")

@@ -268,6 +268,15 @@ def test_defaults_are_the_papers(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_the_script_is_and_its_defaults(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(script, "--help", monkeypatch)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__ in out and out.startswith(f"usage: {script.__name__}.py [-h]")
+    assert "(default: 8/255)" in out and "(default: 130)" in out and "None" not in out and "False" not in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_learning_rate_falls_in_the_75th_and_90th_of_130_epochs(script, monkeypatch):
     a = parse(script, "", monkeypatch)
     assert [script.learning_rate(e, a) for e in (1, 74, 75, 89, 90, 130)] == pytest.approx([.01, .01, 1e-3, 1e-3, 1e-4, 1e-4])

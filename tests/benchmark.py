@@ -27,7 +27,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import train_at_ours  # noqa: E402
 import train_lma_at  # noqa: E402
 import train_mart_ours  # noqa: E402
 import train_trades_ours  # noqa: E402
@@ -58,11 +57,12 @@ def options(script, line=""):
     return script.parse_args()
 
 
-BASELINES = {"MART": (train_mart_ours, "--attack-loss ce --margin-weight 0 --beta 0"),
-             "TRADES": (train_trades_ours, "--attack-loss kl --margin-weight 0 --beta 0")}
+METHODS = {"LMA-AT": (train_lma_at, ""), "MART": (train_mart_ours, "--attack-loss ce --margin-weight 0 --beta 0"),
+           "TRADES": (train_trades_ours, "--attack-loss kl --margin-weight 0 --beta 0")}
 
 
-def our_step(script, line, arch, batch):
+def our_step(method, arch, batch):
+    script, line = METHODS[method]
     args, model = options(script, f"--batch-size {batch} {line}"), network(arch).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     net, attack_net = common.accelerate(model, args), common.accelerate(common.fold_batchnorm(model), args)
@@ -127,7 +127,7 @@ def ratio(slow, fast, pairs=5):
             start = time.perf_counter()
             call()
             t.append(time.perf_counter() - start)
-    return median(times[0][1:]) / median(times[1][1:]), median(times[1][1:])
+    return median(times[0][1:]) / median(times[1][1:])
 
 
 def peak_memory(build, arguments, queue):
@@ -150,17 +150,18 @@ def memory(build, *arguments):
 
 def steps():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
-    print("| network, batch | LMA-AT step / bare passes | usual MART / ours | usual TRADES / ours | peak MiB MART usual, ours | TRADES |")
+    print("| network, batch | LMA-AT step / bare passes | usual MART / ours | usual TRADES / ours | peak MiB, MART: usual, ours | TRADES |")
     print("|---|---|---|---|---|---|")
     for arch, batch in (("wrn-10-2", 100), ("resnet18/4", 100), ("resnet18", 32)):
-        over, _ = ratio(our_step(train_lma_at, "", arch, batch), bare_passes(arch, batch))
-        cells = [f"{over:.3f}"]
-        cells += [f"{ratio(usual_step(m, arch, batch), our_step(*BASELINES[m], arch, batch))[0]:.2f}" for m in BASELINES]
-        cells += [f"{memory(usual_step, m, arch, batch):.0f}, {memory(our_step, *BASELINES[m], arch, batch):.0f}" for m in BASELINES]
-        print(f"| {arch}, {batch} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {arch}, {batch} | {ratio(our_step('LMA-AT', arch, batch), bare_passes(arch, batch)):.3f}", end="", flush=True)
+        for m in ("MART", "TRADES"):
+            print(f" | {ratio(usual_step(m, arch, batch), our_step(m, arch, batch)):.2f}", end="", flush=True)
+        for m in ("MART", "TRADES"):
+            print(f" | {memory(usual_step, m, arch, batch):.0f}, {memory(our_step, m, arch, batch):.0f}", end="", flush=True)
+        print(" |", flush=True)
 
     x = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8)
-    share, _ = ratio(lambda: [common.augment(x) for _ in range(20)], our_step(train_lma_at, "", "wrn-10-2", 100))
+    share = ratio(lambda: [common.augment(x) for _ in range(20)], our_step("LMA-AT", "wrn-10-2", 100))
     print(f"\naugmentation: {100 * share / 20:.2f} % of a wrn-10-2 step, batch 100")
     with tempfile.TemporaryDirectory() as folder:
         n = 60_000  # the size of CIFAR-10, from the cache

@@ -10,7 +10,6 @@ it is, and in TRADES a clean forward pass in every attack step.
 import argparse
 import multiprocessing
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -130,12 +129,16 @@ def ratio(slow, fast, pairs=5):
     return median(times[0][1:]) / median(times[1][1:])
 
 
+def high_water():
+    """Peak resident memory of this process in MiB (Linux; getrusage's would include the parent's)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
 def peak_memory(build, arguments, queue):
-    step = build(*arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step, before = build(*arguments), high_water()
     step()
     step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(high_water() - before)
 
 
 def memory(build, *arguments):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import library
 
 import common
 import train_at_ours
@@ -104,10 +105,10 @@ def test_beta_zero_and_tau_are_the_ablations_they_say(monkeypatch):
 @pytest.fixture
 def meta_multi_margin():
     """torch has no meta kernel for the backward pass of multi_margin_loss: lend it one (the shape is the input's)."""
-    library = torch.library.Library("aten", "IMPL", "Meta")
-    library.impl("multi_margin_loss_backward", lambda grad, z, *rest, **named: torch.empty_like(z))
+    kernels = library.Library("aten", "IMPL", "Meta")
+    kernels.impl("multi_margin_loss_backward", lambda grad, z, *rest, **named: torch.empty_like(z))
     yield
-    library._destroy()
+    kernels._destroy()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -198,7 +199,8 @@ def tensors(path):
 
 def start(options, *launcher):
     return subprocess.Popen([sys.executable, *launcher, ROOT / "train_lma_at.py", *options.split()], env=CPU, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
 
 
 def wait_for_rows(path, rows, process):
@@ -323,11 +325,13 @@ def test_lma_at_on_shapes_beats_natural_training_under_attack(tmp_path, monkeypa
     data = common.Data(*common.draw_shapes(1600, 0), *common.draw_shapes(200, 1), 10)
     monkeypatch.setattr(common, "load_data", lambda *a: data)
     shared = "--dataset shapes --arch wrn-10-1 --epochs 3 --batch-size 16 --lr 0.05 --val-size 0 --steps 2 --step-size 6/255"
-    scores = []
+    scores, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
     for name, script, options in (("lma", train_lma_at, ""), ("natural", train_at_ours, f"--epsilon 0 {PLAIN}")):
         call(script, f"{shared} {options} --run-dir {tmp_path / name}", monkeypatch)
         clean, robust = re.search(r"last.pt \| 3 \| (\S+) \| (\S+) \|", capsys.readouterr().out).groups()
         scores.append((float(clean), float(robust)))
+    torch.set_num_threads(threads)
     (_, lma), (natural_clean, natural) = scores
     assert natural_clean > 60 and lma > natural + 10, scores
 
@@ -377,12 +381,13 @@ def test_two_processes_keep_equal_weights_and_average_their_gradients(tmp_path):
 
 def test_two_processes_train_resume_and_refuse_another_number(images, tmp_path):
     """Kill and resume under torchrun gives the uninterrupted weights; one process alone is told so; an error ends both."""
-    options = f"{images} --epochs 5 --run-dir {tmp_path}"
+    options = f"{images} --epochs 8 --run-dir {tmp_path}"
     assert start(f"{options}/whole", *TORCHRUN).wait() == 0
     process = start(f"{options}/run", *TORCHRUN)
     wait_for_rows(tmp_path / "run" / "metrics.csv", 2, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) < 9
     alone = subprocess.run([sys.executable, ROOT / "train_lma_at.py", *f"{options}/run --resume".split()], env=CPU,
                            capture_output=True, text=True)
     assert alone.returncode == 2 and "processes was 2, is 1" in alone.stderr

@@ -223,7 +223,7 @@ def autoattack(path, n=200, part=40):
                     x_adv = evaluate.ATTACKS[attack][0](folded, x[left], y[left], EPSILON, draws)
                     left = left[model(x_adv).argmax(1) == y[left]]
             else:
-                x_adv = theirs.run_standard_evaluation(x.contiguous(), y, bs=part)
+                x_adv, _ = theirs.run_standard_evaluation(x.contiguous(), y, batch_size=part)
                 left = (model(x_adv).argmax(1) == y).nonzero()[:, 0]
             seconds[name].append(time.perf_counter() - start)
             robust[name] += rows[left].tolist()

@@ -180,8 +180,9 @@ def fold_batchnorm(model):
 
 def accelerate(net, args, parallel=False):
     """`net` as the training loop calls it: DistributedDataParallel, torch.compile (--compile), bfloat16 (--amp)."""
-    # batch norm's running statistics stay each process's own until average_statistics at the end of the epoch
-    run = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if parallel and WORLD > 1 else net
+    run = nn.parallel.DistributedDataParallel(net) if parallel and WORLD > 1 else net
+    if run is not net:  # batch norm's running statistics stay each process's own until average_statistics; set here because
+        run.broadcast_buffers = False  # the argument's name differs between releases of torch
     run = torch.compile(run) if args.compile else run
 
     def forward(x):  # losses, moving averages and PGD's projection stay outside, in float32

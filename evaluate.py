@@ -464,9 +464,6 @@ def load_checkpoint(path, arch):
     return model.eval().requires_grad_(False), num_classes, args
 
 
-GROUP = None  # the processes of torchrun, who may wait long for the slowest of them
-
-
 def digest(*tensors):
     return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
@@ -474,11 +471,12 @@ def digest(*tensors):
 class Results:
     """The class predicted on every image under every attack (-1: not computed), saved after each batch.
     A file with other settings (weights, images, epsilon, seed, this program) is set aside, never mixed in.
-    Under torchrun each process saves its part (.rank1, ...); they are merged when an attack is through, or at the restart.
+    Under torchrun each process of `group` saves its part (.rank1, ...); they are merged when an attack is through, or at
+    the restart.
     """
 
-    def __init__(self, path, settings, index, label):
-        self.path, self.settings, self.index, self.label = Path(path), settings, index, label
+    def __init__(self, path, settings, index, label, group=None):
+        self.path, self.settings, self.index, self.label, self.group = Path(path), settings, index, label, group
         self.prediction = {name: torch.full_like(label, -1) for name in ATTACKS}
         self.cost, self.summary = {}, {}
         if RANK == 0:
@@ -522,7 +520,7 @@ class Results:
     def share(self):
         """Under torchrun: every process gets every result."""
         for prediction in self.prediction.values() if WORLD > 1 else []:
-            dist.all_reduce(prediction, dist.ReduceOp.MAX, GROUP)
+            dist.all_reduce(prediction, dist.ReduceOp.MAX, self.group)
 
     def add(self, title, *cost):
         self.cost[title] = [a + b for a, b in zip(self.cost.get(title, (0, 0, 0)), cost)]
@@ -686,12 +684,11 @@ def parse_args():
 
 
 def main():
-    global GROUP
     args = parse_args()
     device = common.setup(args.device)
     args.batch_size = args.batch_size or (512 if device.type == "cuda" else 128)
-    if WORLD > 1:
-        GROUP = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    # the processes of torchrun, who may wait long for the slowest of them
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if WORLD > 1 else None
     columns = [c for c in COLUMNS if c in {"Clean", *args.attacks}]
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     loaded = [(path, *load_checkpoint(path, args.arch)) for path in args.checkpoints]  # refused before hours of work
@@ -720,7 +717,7 @@ def main():
         if num_classes < 10 and "AA" in columns:
             common.say(f"note: AA has {num_classes - 1} targets instead of 9" + (
                 " and z_t - z_y in place of the DLR loss, which needs 4 classes" if num_classes < 4 else ""))
-        results, cells = Results(args.out or f"{path}.eval.json", settings, index, label), {}
+        results, cells = Results(args.out or f"{path}.eval.json", settings, index, label, group), {}
         for column in columns:
             start = time.time()
             for k, name in enumerate(names := AA if column == "AA" else (column,)):

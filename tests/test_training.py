@@ -345,29 +345,33 @@ WORKER = '''
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import common, train_lma_at
-args = train_lma_at.parse_args()
-common.setup("cpu")
-torch.manual_seed(0)
-model = common.make_model("wrn-10-1", 10)
-net, attack_net = common.accelerate(model, args, parallel=True), common.accelerate(common.fold_batchnorm(model), args)
-x, y = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8), torch.randint(10, (24,))
-ema, optimizer = torch.zeros(4, 10), torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-own = torch.autograd.grad(torch.nn.functional.cross_entropy(model(z := torch.rand(4, 3, 16, 16) + common.RANK), y[:4]), model.parameters())
-torch.nn.functional.cross_entropy(net(z), y[:4]).backward()
-for mine, p in zip(own, model.parameters()):
-    assert torch.allclose(common.all_sum(mine.clone()) / 2, p.grad, atol=1e-6)
-    assert common.WORLD == 2
-batches = common.start_epoch(24, 8, 0, 1)
-everyone = [torch.empty_like(batches) for _ in range(2)]
-dist.all_gather(everyone, batches.contiguous())
-assert sorted(torch.cat(everyone).flatten().tolist()) == list(range(24)) and batches.shape == (3, 4)
-train_lma_at.train_epoch(net, attack_net, optimizer, x, y, batches, ema, ema, args)
-common.average_statistics(model)
-for name, t in model.state_dict().items():
-    other = [torch.empty_like(t) for _ in range(2)]
-    dist.all_gather(other, t)
-    assert torch.equal(*other), name
-print("agreed")
+
+def main():
+    args = train_lma_at.parse_args()
+    common.setup("cpu")
+    torch.manual_seed(0)
+    model = common.make_model("wrn-10-1", 10).to(memory_format=torch.channels_last)
+    net, attack_net = common.accelerate(model, args, parallel=True), common.accelerate(common.fold_batchnorm(model), args)
+    x, y = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8), torch.randint(10, (24,))
+    ema, optimizer = torch.zeros(4, 10), torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    own = torch.autograd.grad(torch.nn.functional.cross_entropy(model(z := torch.rand(4, 3, 16, 16) + common.RANK), y[:4]), model.parameters())
+    torch.nn.functional.cross_entropy(net(z), y[:4]).backward()
+    for mine, p in zip(own, model.parameters()):
+        assert torch.allclose(common.all_sum(mine.clone()) / 2, p.grad, atol=1e-6)
+        assert common.WORLD == 2
+    batches = common.start_epoch(24, 8, 0, 1)
+    everyone = [torch.empty_like(batches) for _ in range(2)]
+    dist.all_gather(everyone, batches.contiguous())
+    assert sorted(torch.cat(everyone).flatten().tolist()) == list(range(24)) and batches.shape == (3, 4)
+    train_lma_at.train_epoch(net, attack_net, optimizer, x, y, batches, ema, ema, args)
+    common.average_statistics(model)
+    for name, t in model.state_dict().items():
+        other = [torch.empty_like(t) for _ in range(2)]
+        dist.all_gather(other, t)
+        assert torch.equal(*other), name
+    print("agreed")
+
+common.run(main)
 '''
 
 

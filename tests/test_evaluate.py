@@ -90,10 +90,10 @@ def robust_net(patterns):
 
 @pytest.fixture(scope="module")
 def right(robust_net, patterns):
-    """The first 40 test images that it classifies correctly."""
+    """The first 30 test images that it classifies correctly."""
     x, y = patterns[2:]
-    keep = (robust_net(x).argmax(1) == y).nonzero()[:40, 0]
-    assert len(keep) == 40
+    keep = (robust_net(x).argmax(1) == y).nonzero()[:30, 0]
+    assert len(keep) == 30
     return x[keep], y[keep]
 
 
@@ -234,7 +234,7 @@ def test_draws():
 
 @pytest.fixture(scope="module")
 def stands(robust_net, right):
-    """{attack: [40] bool} at 8/255, Square with 500 queries."""
+    """{attack: [30] bool} at 8/255, Square with 500 queries."""
     short = {"SQUARE": {"queries": 500}}
     return {name: attack(name, robust_net, *right, **short.get(name, {}))[1] for name in ATTACKS}
 
@@ -242,10 +242,10 @@ def stands(robust_net, right):
 def test_order_of_strength(stands):
     """More work finds more on a fixed robust model: FGSM, PGD-20, PGD-100, APGD-T leave ever fewer, queries no fewer."""
     left = {name: int(s.sum()) for name, s in stands.items()}
-    assert left["Clean"] == 40 and 5 < left["APGD-T"] < 35, left
+    assert left["Clean"] == 30 and 4 < left["APGD-T"] < 26, left
     assert left["FGSM"] >= left["PGD-20"] >= left["PGD-100"] >= left["APGD-T"], left
     assert left["PGD-20"] >= left["APGD-CE"] >= left["APGD-T"] and left["FGSM"] >= left["FAB-T"], left
-    assert all(40 > left[name] >= left["APGD-T"] for name in ("CW", "SPSA", "SQUARE")), left
+    assert all(30 > left[name] >= left["APGD-T"] for name in ("CW", "SPSA", "SQUARE")), left
 
 
 def test_zero_epsilon(robust_net, right):
@@ -358,7 +358,9 @@ def checkpoint(tmp_path_factory):
     args = {"method": "lma_at", "dataset": "shapes", "data_dir": "data", "arch": "wrn-10-1", "seed": 0, "epsilon": EPSILON,
             "attack_loss": "margin+ce", "margin_weight": 1.0, "beta": 86.0, "tau": 0.2}
     torch.save({"model": model.state_dict(), "num_classes": 10, "epoch": 1, "args": args}, path)
-    return path
+    with pytest.MonkeyPatch.context() as patch:  # drawn once for all the tests below
+        patch.setattr(common, "load_data", lambda *a: data)
+        yield path
 
 
 def start(monkeypatch, capsys, *argv):

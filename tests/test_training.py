@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,7 +117,7 @@ def meta_multi_margin():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_batch_loop_never_waits_for_the_device(script, options, monkeypatch, meta_multi_margin):
     """On the meta device a stray CPU tensor, .item(), a print of a value or any other synchronisation raises."""
-    _, _, epoch = prepare(script, options, monkeypatch, device="meta")
+    _, _, epoch = prepare(script, f"--steps 3 {options}", monkeypatch, device="meta")
     _, _, log = script.train_epoch(*epoch)
     assert all(v.device.type == "meta" and v.shape == (3,) for v in log.values())
     with pytest.raises(RuntimeError):
@@ -197,10 +198,18 @@ def tensors(path):
     return [*state["model"].values(), *momentum, state["ema_adv"], state["ema_nat"]]
 
 
-def start(options, *launcher):
-    return subprocess.Popen([sys.executable, *launcher, ROOT / "train_lma_at.py", *options.split()], env=CPU, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start(options, *launcher, **environment):
+    return subprocess.Popen([sys.executable, *launcher, ROOT / "train_lma_at.py", *options.split()], text=True,
+                            env=CPU | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
+
+
+def start_pair(options):
+    """Two processes of one run, as torchrun starts them but without its own start."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    return [start(options, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+            for rank in "01"]
 
 
 def wait_for_rows(path, rows, process):
@@ -322,9 +331,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch, 
 
 def test_lma_at_on_shapes_beats_natural_training_under_attack(tmp_path, monkeypatch, capsys):
     """The point of it all, end to end: PGD-20 accuracy on drawn shapes, LMA-AT against natural training."""
-    data = common.Data(*common.draw_shapes(1600, 0), *common.draw_shapes(200, 1), 10)
+    data = common.Data(*common.draw_shapes(1600, 0), *common.draw_shapes(100, 1), 10)
     monkeypatch.setattr(common, "load_data", lambda *a: data)
-    shared = "--dataset shapes --arch wrn-10-1 --epochs 3 --batch-size 16 --lr 0.05 --val-size 0 --steps 2 --step-size 6/255"
+    shared = "--dataset shapes --arch wrn-10-1 --epochs 3 --batch-size 16 --lr 0.03 --val-size 0 --steps 2 --step-size 6/255"
     scores, threads = [], torch.get_num_threads()
     torch.set_num_threads(2)
     for name, script, options in (("lma", train_lma_at, ""), ("natural", train_at_ours, f"--epsilon 0 {PLAIN}")):
@@ -383,19 +392,20 @@ def test_two_processes_keep_equal_weights_and_average_their_gradients(tmp_path):
     assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr
 
 
-def test_two_processes_train_resume_and_refuse_another_number(images, tmp_path):
-    """Kill and resume under torchrun gives the uninterrupted weights; one process alone is told so; an error ends both."""
+def test_two_processes_train_resume_and_refuse_another_number(images, tmp_path, monkeypatch, capsys):
+    """Kill -9 and resume gives the uninterrupted weights; one process alone is told so; an error ends torchrun and both."""
     options = f"{images} --epochs 8 --run-dir {tmp_path}"
-    assert start(f"{options}/whole", *TORCHRUN).wait() == 0
-    process = start(f"{options}/run", *TORCHRUN)
-    wait_for_rows(tmp_path / "run" / "metrics.csv", 2, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
+    assert [process.wait() for process in start_pair(f"{options}/whole")] == [0, 0]
+    pair = start_pair(f"{options}/run")
+    wait_for_rows(tmp_path / "run" / "metrics.csv", 2, pair[0])
+    for process in pair:
+        process.kill()
+        process.wait()
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) < 9
-    alone = subprocess.run([sys.executable, ROOT / "train_lma_at.py", *f"{options}/run --resume".split()], env=CPU,
-                           capture_output=True, text=True)
-    assert alone.returncode == 2 and "processes was 2, is 1" in alone.stderr
-    assert start(f"{options}/run --resume", *TORCHRUN).wait() == 0
+    with pytest.raises(SystemExit) as stop:
+        call(train_lma_at, f"{options}/run --resume", monkeypatch)
+    assert stop.value.code == 2 and "processes was 2, is 1" in capsys.readouterr().err
+    assert [process.wait() for process in start_pair(f"{options}/run --resume")] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(tensors(tmp_path / "run/last.pt"), tensors(tmp_path / "whole/last.pt")))
     assert tensors(tmp_path / "whole/last.pt")[-1].shape == (8, 4)
     broken = start(f"{options}/run", *TORCHRUN)

@@ -405,11 +405,17 @@ def test_several_seeds_and_the_papers_row(checkpoint, monkeypatch, capsys):
     assert "| TRADES, mean of 2 | 83.00 ± 12.71 | 49.00 ± 0.00 |" in text  # t = 12.706, standard error 1
     assert "| paper, TRADES | 82.46 | 49.08 |" in text and "| difference | +0.54 | -0.08 |" in text
     rows = evaluate.paper_rows()
-    assert rows["cifar10", "wrn-34-10", "LMA-AT(Ours)"]["SPSA"] == 64.19 and len(rows) == 32
+    assert rows["cifar10", "wrn-34-10", "LMA-AT(Ours)"]["SPSA"] == 64.19 and len(rows) == 43
+    assert rows["cifar100", "resnet18", "LMA-AT, tau 0.7"] == {"Clean": 53.98, "PGD-20": 33.48, "PGD-100": 32.83,
+                                                               "CW": 29.31, "SPSA": 32.78, "AA": 26.84}
     assert rows["tinyimagenet", "resnet18", "MART"] == {"Clean": 45.94, "PGD-20": 26.02, "CW": 21.87, "AA": 19.2}
     plain = {"method": "trades_ours", "attack_loss": "kl", "margin_weight": 0.0, "beta": 0.0, "tau": 0.2, "epsilon": 0.03}
     assert evaluate.paper_method(plain) == "TRADES"
     assert evaluate.paper_method(plain | {"attack_loss": "ce"}) is None
+    lma = {"method": "lma_at", "attack_loss": "margin+ce", "margin_weight": 1.0, "beta": 96.0, "epsilon": 0.03}
+    assert evaluate.paper_method(lma | {"tau": 0.2}) == "LMA-AT(Ours)"
+    assert ("cifar100", "resnet18", evaluate.paper_method(lma | {"tau": 0.9})) in rows
+    assert evaluate.paper_method(lma | {"tau": 0.2, "epsilon": 0}) is None
 
 
 def test_resume_after_kill(checkpoint, tmp_path, monkeypatch, capsys):

@@ -263,8 +263,7 @@ def fab(model, x, y, epsilon, draws, target, r, steps=100):
     The original keeps the nearest misclassified point; only whether it is within epsilon matters here, so an image leaves
     with the first that is.
     """
-    x_adv, left = x.clone(), torch.arange(len(x), device=x.device)
-    z = x
+    x_adv, left, z = x.clone(), torch.arange(len(x), device=x.device), x
     for _ in range(steps):
         _, f, w = gradient(model, z, target_lead, y, target)
         gap = -f.view(-1, 1, 1, 1)
@@ -328,8 +327,7 @@ def spsa(model, x, y, epsilon, draws, steps=20, samples=100, delta=0.001, lr=0.0
             slope = (f[:, 0] - f[:, 1]) / (2 * delta * samples)
             grad[rows] = torch.einsum("ns,nschw->nchw", slope, v)
         first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad ** 2
-        z = z - lr * first / (1 - 0.9 ** k) / ((second / (1 - 0.999 ** k)).sqrt() + 1e-8)
-        z = z.clamp(low, high)
+        z = (z - lr * first / (1 - 0.9 ** k) / ((second / (1 - 0.999 ** k)).sqrt() + 1e-8)).clamp(low, high)
         left, z, y, low, high, first, second = settle(forward(model, z).argmax(1) != y, x_adv, left, z, y, low, high,
                                                       first, second)
         if not len(left):

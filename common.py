@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import time
 from collections import namedtuple
 from datetime import timedelta
@@ -42,7 +43,12 @@ def say(text):
 def fail(message):
     """End the program with one line on stderr and exit status 2: an error that the user can mend."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    os._exit(2) if WORLD > 1 else sys.exit(2)  # torch.distributed's threads may abort a slow end
+
+
+def brief(error):
+    """An exception in one short line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +71,7 @@ def number(low, high=math.inf, kind=float):
     def parse(text):
         top, _, bottom = text.partition("/")
         try:
-            value = float(top) / float(bottom) if bottom else kind(top)
+            value = kind(text) if kind is int else float(top) / float(bottom or 1)
         except (ValueError, ZeroDivisionError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number such as {'100' if kind is int else '8/255'}")
         if not low <= value <= high:
@@ -82,13 +88,19 @@ def setup(device):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu")
+        fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # of a download
     return device
+
+
+def barrier():
+    """Wait until every process is here (an all_reduce would not do: on CUDA it returns at once)."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -199,8 +211,8 @@ Data = namedtuple("Data", "x_train y_train x_test y_test num_classes")  # images
 def load_data(name, data_dir):
     """The data set `name` (one of DATASETS), downloaded into or read from `data_dir`; exits in one line if it cannot."""
     data_dir = Path(data_dir)
-    if RANK > 0 and dist.is_initialized():
-        dist.barrier()  # process 0 downloads and fills the cache, the others then find it
+    if RANK > 0:
+        barrier()  # process 0 downloads and fills the cache, the others then find it
     try:
         if name == "shapes":
             data = Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), 10)
@@ -212,11 +224,11 @@ def load_data(name, data_dir):
         else:
             data = decode(data_dir / f"{name}.cache.pt", *(folder if name == "folder" else tinyimagenet)(data_dir))
     except Exception as error:  # a broken file makes its reader raise anything
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({why}); connect to the "
-             "internet, put the files there, or take --dataset shapes, which needs no download")
-    if RANK == 0 and dist.is_initialized():
-        dist.barrier()
+        remedy = "choose another --data-dir" if name == "folder" else "connect to the internet, put the files there"
+        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({brief(error)}); {remedy}, or take --dataset "
+             "shapes, which needs no download")
+    if RANK == 0:
+        barrier()
     return data
 
 
@@ -259,9 +271,12 @@ def decode(cache, train, test, num_classes):
     say(f"decoding {len(paths):,} images into {cache} (once)")
     for i, path in enumerate(paths):
         try:
-            image = np.asarray(Image.open(path).convert("RGB"))
-        except (OSError, SyntaxError):
-            fail(f"{path} is not a readable image; replace or remove it")
+            image = Image.open(path)
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel, which PIL would clip")
+            image = np.asarray(image.convert("RGB"))
+        except Exception:  # a broken file makes PIL raise anything
+            fail(f"{path} is not a readable image of 8 bits a channel; replace or remove it")
         x = x if i else np.empty((len(paths), *image.shape), np.uint8)
         if image.shape != x.shape[1:]:
             fail(f"{path} is {image.shape[1]}x{image.shape[0]}, {paths[0]} {x.shape[2]}x{x.shape[1]}; make the sizes equal")
@@ -368,9 +383,10 @@ def run(main, *resume):
         again = sys.argv + [option for option in resume if option not in sys.argv]
         say(f"\ninterrupted; continue with: python {shlex.join(again)}")
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except OSError as error:  # a full disk, a folder that does not exist or is not ours
+        fail(brief(error))
+    if dist.is_initialized():  # not after an error: NCCL would wait for the others before the error is shown
+        dist.destroy_process_group()
 
 
 def save(state, path):
@@ -385,18 +401,21 @@ def open_run(args, device):
     record, last = Path(args.run_dir) / "args.json", Path(args.run_dir) / "last.pt"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     new = vars(args) | {"processes": WORLD, "torch": torch.__version__, "hardware": hardware}
-    if args.resume != record.exists():
-        fail(f"{record.parent} holds no run; start it without --resume" if args.resume else
-             f"{record.parent} already holds a run; add --resume to continue it, or choose another --run-dir")
-    old = json.loads(record.read_text()) if args.resume else new
-    changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
-               and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
-    if changed:
-        fail(f"--resume: {record.parent} was started with other settings ({'; '.join(changed)}); give the same ones")
-    all_sum(torch.zeros(1, device=device))  # every process has looked
-    record.parent.mkdir(parents=True, exist_ok=True)
-    save(json.dumps(new, indent=1), record)
-    return torch.load(last, map_location=device, weights_only=True) if args.resume and last.exists() else None
+    if record.exists() and not args.resume:
+        fail(f"{record.parent} already holds a run; add --resume to continue it, or choose another --run-dir")
+    barrier()  # every process has looked
+    try:
+        old = json.loads(record.read_text()) if record.exists() else new
+        changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
+                   and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
+        if changed:
+            fail(f"--resume: {record.parent} was started with other settings ({'; '.join(changed)}); give the same ones, "
+                 "or choose another --run-dir")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        save(json.dumps(new, indent=1), record)
+        return torch.load(last, map_location=device, weights_only=True) if last.exists() else None
+    except Exception as error:  # whatever a damaged file or the file system raises
+        fail(f"--run-dir {record.parent}: not readable or not writable ({brief(error)}); choose another")
 
 
 def start_epoch(n, batch_size, seed, epoch):
@@ -424,7 +443,7 @@ def read_log(log, epoch):
     values = all_sum(torch.stack(list(log.values()), 1)).cpu() / WORLD
     for step, term in (~values.isfinite()).nonzero().tolist():
         fail(f"epoch {epoch}, step {step + 1}: the term {list(log)[term]} is {values[step, term]:g}; last.pt, if there is "
-             "one, holds the epoch before; try a lower --lr or a smaller weight of the term")
+             "one, holds the epoch before; try a lower --lr or a smaller weight of the term, in another --run-dir")
     return dict(zip(log, values.mean(0).tolist()))
 
 
@@ -464,6 +483,7 @@ def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
 
 def report(model, net, data, args, device):
     """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
+    barrier()  # the checkpoints are written
     folder, epsilon, rows = Path(args.run_dir), args.epsilon or 8 / 255, {}
     x, y = data.x_test.to(device), data.y_test.to(device)
     say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")

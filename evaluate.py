@@ -41,8 +41,7 @@ def scramble(z):
 
 class Draws:
     """Random numbers that depend on (seed, attack, image, k) and on nothing else: a hash instead of a generator's state.
-    So an image sees the same numbers in whatever batch it is. k numbers the draw within the attack. index: [N] int64.
-    """
+    So an image sees the same numbers in whatever batch it is. k numbers the draw within the attack. index: [N] int64."""
 
     def __init__(self, seed, attack, index, keys=None):
         self.keys = scramble(scramble(index + (seed << 32)) + zlib.crc32(attack.encode())) if keys is None else keys
@@ -152,8 +151,7 @@ def target_lead(logits, y, target):
 
 def dlr_targeted(logits, y, target):
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce & Hein 2020b, eq. 7), the same however logits are scaled.
-    Below 4 classes there is no z_(4): z_t - z_y takes its place.
-    """
+    Below 4 classes there is no z_(4): z_t - z_y takes its place."""
     if logits.shape[1] < 4:
         return target_lead(logits, y, target)
     top = logits.topk(4).values
@@ -193,8 +191,7 @@ def apgd_checkpoints(steps):
 
 def apgd(model, x, y, epsilon, draws, target=None, k_draw=0, loss=cross_entropy, steps=100):
     """Auto-PGD (Croce & Hein 2020b, Algorithm 1): PGD with momentum whose step size each image finds for itself.
-    Maximises loss(logits, y) or loss(logits, y, target) with target [N].
-    """
+    Maximises loss(logits, y) or loss(logits, y, target) with target [N]."""
     low, high = box(x, epsilon)
     x_adv, left = x.clone(), torch.arange(len(x), device=x.device)
     labels = (y,) if target is None else (y, target)
@@ -245,15 +242,14 @@ def each_target(attack, model, x, y, epsilon, draws):
 def to_hyperplane(x, w, gap):
     """The smallest d (L-infinity) with w . d = gap [N, 1, 1, 1] and x + d in [0, 1]; where none reaches it, the farthest.
     Every pixel moves by t unless its room ends first; t solves sum |w| min(t, room) = gap, which is concave and piecewise
-    linear in t, so that Newton's steps from t = 0 end on the exact solution (Croce & Hein 2020a, section 3, sort instead).
-    """
+    linear in t, so that Newton's steps from t = 0 end on the exact solution (Croce & Hein 2020a, section 3, sort instead)."""
     direction, weight, gap = w.sign() * gap.sign(), w.abs(), gap.abs()
     room = torch.where(direction > 0, 1 - x, x)
     t = torch.zeros_like(gap)
     while True:
         covered = (weight * torch.minimum(room, t)).sum((1, 2, 3), keepdim=True)
         slope = (weight * (room > t)).sum((1, 2, 3), keepdim=True)
-        t, before = (t + (gap - covered) / slope.clamp(min=1e-30)).clamp(max=1), t  # no room is larger than 1
+        t, before = torch.maximum(t, (t + (gap - covered) / slope.clamp(min=1e-30)).clamp(max=1)), t  # no room exceeds 1
         if (t <= before * (1 + 1e-6)).all():
             return direction * torch.minimum(room, t)
 
@@ -261,8 +257,7 @@ def to_hyperplane(x, w, gap):
 def fab(model, x, y, epsilon, draws, target, r, steps=100):
     """Fast adaptive boundary attack (Croce & Hein 2020a) towards one class: walk along the boundary between y and target.
     The original keeps the nearest misclassified point; only whether it is within epsilon matters here, so an image leaves
-    with the first that is.
-    """
+    with the first that is."""
     x_adv, left, z = x.clone(), torch.arange(len(x), device=x.device), x
     for _ in range(steps):
         _, f, w = gradient(model, z, target_lead, y, target)
@@ -419,46 +414,44 @@ def paper_rows():
 
 
 def paper_method(args):
-    """The paper's name for what a checkpoint of ours was trained with; None for a setting that has no row."""
+    """The paper's name for what a checkpoint of ours was trained with; None for a method or setting that has no row."""
     rows = {("at_ours", "ce", 0, None): "vanillaAT", ("trades_ours", "kl", 0, None): "TRADES",
             ("mart_ours", "ce", 0, None): "MART", ("at_ours", "margin+ce", 1, 0.2): "vanillaAT + Ours",
             ("trades_ours", "margin+ce", 1, 0.2): "TRADES + Ours", ("mart_ours", "margin+ce", 1, 0.2): "MART + Ours",
             ("lma_at", "margin+ce", 1, 0.2): "LMA-AT(Ours)", ("at_ours", "ce", 1, 0.2): "Table 10 A",
             ("lma_at", "margin+ce", 0, 0.2): "Table 10 B"}
     rows |= {("lma_at", "margin+ce", 1, tau): f"LMA-AT, tau {tau}" for tau in (0, 0.1, 0.7, 0.9)}
-    tau = args["tau"] if args["beta"] else None
-    return rows.get((args["method"], args["attack_loss"], args["margin_weight"], tau)) if args["epsilon"] else None
+    tau, data, wide = args["tau"] if args["beta"] else None, args["dataset"], args["arch"].startswith("wrn")
+    papers = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10, "delta": 0.9, "margin_reduction": "mean",
+              "alpha": 2.345 if wide else 6.345 if data == "tinyimagenet" else 5.345, "inv_lambda": 6, "lam": 5,
+              "beta": args["beta"] and (96 if data in ("cifar100", "tinyimagenet") else 86)}  # section 5.1
+    same = all(args.get(k, v) == v for k, v in papers.items())
+    return rows.get((args["method"], args["attack_loss"], args["margin_weight"], tau)) if same else None
 
 
 def load_checkpoint(path, arch):
     """(network in eval mode, number of classes, the training script's arguments or {}); exits in one line if it cannot.
     Foreign weights may be wrapped (state_dict, model_state_dict, net, model), carry a module. prefix, TRADES' unused
-    sub_block1 or the names linear and shortcut of the usual CIFAR ResNet-18.
-    """
+    sub_block1 or the names linear and shortcut of the usual CIFAR ResNet-18."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{path}: {error.strerror or error}; give the path of a checkpoint such as runs/.../best.pt")
     except Exception as error:  # whatever the unpickler meets in a file of somebody else's
-        fail(f"{path}: not loadable as tensors and plain values ({str(error).splitlines()[0][:90]}); nothing else is "
-             "unpickled, save its state_dict alone")
+        fail(f"{path}: not loadable as tensors and plain values ({common.brief(error)}); give a checkpoint such as "
+             "runs/.../best.pt; nothing else is unpickled, save its state_dict alone")
     args = saved.get("args") if isinstance(saved, dict) else None
-    args = args if isinstance(args, dict) and "method" in args else {}
+    args = args if isinstance(args, dict) and {"method", "margin_reduction", "tau"} <= args.keys() else {}
     arch = arch or args.get("arch") or fail(f"{path}: says not which network it is; give --arch, such as wrn-34-10")
     for key in ("state_dict", "model_state_dict", "net", "model"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict) or not all(isinstance(v, torch.Tensor) for v in saved.values()):
         fail(f"{path}: holds no state_dict (at the top or under state_dict, model_state_dict, net or model)")
-    state = {}
-    for key, value in saved.items():
-        key = key.removeprefix("module.")
-        if not key.startswith("sub_block1."):
-            state[("." + key).replace(".shortcut.", ".downsample.").replace(".linear.", ".fc.")[1:]] = value
+    state = {("." + key.removeprefix("module.")).replace(".shortcut.", ".downsample.").replace(".linear.", ".fc.")[1:]: value
+             for key, value in saved.items() if not key.removeprefix("module.").startswith("sub_block1.")}
     num_classes = len(state["fc.weight"]) if "fc.weight" in state else 10
     model = common.make_model(arch, num_classes)
-    want = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    have = {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    want, have = ({k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+                  for tensors in (model.state_dict(), state))
     wrong = {"missing": want.keys() - have, "not known": have.keys() - want,
              "of another shape": [k for k in want.keys() & have if want[k] != have[k]]}
     wrong = "; ".join(f"{what}: {', '.join(sorted(keys)[:3])} ({len(keys)} in all)" for what, keys in wrong.items() if keys)
@@ -477,8 +470,7 @@ def digest(*tensors):
 class Results:
     """The class predicted on every image under every attack (-1: not computed), saved after each batch.
     A file with other settings (weights, images, epsilon, seed, this program) is set aside, never mixed in.
-    Each process of `group` saves its part (.rank1, ...); they are merged when an attack is through, or at the restart.
-    """
+    Each process of `group` saves its part (.rank1, ...); they are merged when an attack is through, or at the restart."""
 
     def __init__(self, path, settings, index, label, group=None):
         self.path, self.settings, self.index, self.label, self.group = Path(path), settings, index, label, group
@@ -570,8 +562,8 @@ def run_attack(name, before, title, model, net, images, results, args, device):
 
 # --------------------------------------------------------------------------------------------------------- the output
 def table(rows, columns, paper):
-    """Markdown. rows: [((data set, network, method), path, {column: (percent, +-)})]; below those of one method their
-    mean with its 95 % interval (Student's t), the paper's row and the difference."""
+    """Markdown. rows: [(key, path, {column: (percent, +-)})], key: (data set, network, method, ...); below those of one key
+    their mean with its 95 % interval (Student's t), the paper's row and the difference."""
     lines = []
     def line(name, cells):
         lines.append(f"| {' | '.join([name, *(cells.get(c, '-') for c in columns)])} |")
@@ -586,9 +578,9 @@ def table(rows, columns, paper):
             t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[k - 2] if k < 11 else 1.96 + 2.6 / (k - 1)
             cells = {c: (statistics.mean(v), t * statistics.stdev(v) / math.sqrt(k)) for c, v in values.items()}
             line(f"{key[2]}, mean of {len(same)}", {c: f"{v:.2f} ± {e:.2f}" for c, (v, e) in cells.items()})
-        if key in paper:
-            line(f"paper, {key[2]}", {c: f"{v:.2f}" for c, v in paper[key].items()})
-            line("difference", {c: f"{cells[c][0] - v:+.2f}" for c, v in paper[key].items() if c in cells})
+        if theirs := paper.get(key[:3]):
+            line(f"paper, {key[2]}", {c: f"{v:.2f}" for c, v in theirs.items()})
+            line("difference", {c: f"{cells[c][0] - v:+.2f}" for c, v in theirs.items() if c in cells})
     return "\n".join(lines)
 
 
@@ -658,7 +650,7 @@ def figure1(path, natural, images, results, device):
             draw.rectangle((x, y, x + 0.4 * slot, 400), colour)
             draw.text((x + 0.2 * slot, y - 2), str(value), "black", small, "mb")
             draw.text((30 + slot * (k + 0.5), 408), names[k], "black", font, "mt")
-    picture.save(path)
+    picture.save(path, "png")
     print(f"drawn to {path}")
 
 
@@ -673,8 +665,8 @@ def parse_args():
     add("--dataset", choices=common.DATASETS, help="default: the one the checkpoint was trained on")
     add("--data-dir", help="default: where it was trained from")
     add("--arch", help="default: the checkpoint's; resnet18 or wrn-<depth>-<widen>")
-    add("--method", choices=dict.fromkeys(name for _, _, name in paper_rows()), metavar="NAME",
-        help="the paper's row to compare foreign weights with, such as TRADES, MMA or GAIRAT")
+    add("--method", choices=(methods := list(dict.fromkeys(name for _, _, name in paper_rows()))), metavar="NAME",
+        help=f"the paper's row to compare with: {'; '.join(methods)}")
     add("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
     add("--seed", type=number(0, 2 ** 31 - 1, kind=int), default=0, help="of the attacks")
     add("--out", help="default <checkpoint>.eval.json; for one checkpoint only")
@@ -682,27 +674,29 @@ def parse_args():
     args = parser.parse_args()
     if args.out and len(args.checkpoints) > 1:
         fail("--out: takes the results of one checkpoint; leave it out to get one file each")
-    if args.figure1 and not {"PGD-20", "CW"} <= set(args.attacks):
-        fail("--figure1: needs PGD-20 and CW among --attacks")
+    if args.figure1 and not ({"PGD-20", "CW"} <= set(args.attacks) and Path(args.figure1[1]).parent.is_dir()):
+        fail("--figure1: needs PGD-20 and CW among --attacks, and for OUT.png a folder that exists")
     return args
 
 
 def main():
     args = parse_args()
     device = common.setup(args.device)
+    torch.backends.cudnn.benchmark = False  # batches shrink as images fall: a search for each size would cost more
     args.batch_size = args.batch_size or (512 if device.type == "cuda" else 128)
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if WORLD > 1 else None  # all, patient
     columns = [c for c in COLUMNS if c in {"Clean", *args.attacks}]
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     loaded = [(path, *load_checkpoint(path, args.arch)) for path in args.checkpoints]  # refused before hours of work
-    natural = load_checkpoint(args.figure1[0], None) if args.figure1 else None
-    data, rows, notes = None, [], []
+    natural = load_checkpoint(args.figure1[0], args.arch) if args.figure1 else None
+    source, rows, notes = None, [], []
     for path, model, num_classes, trained in loaded:
         dataset = args.dataset or trained.get("dataset") or fail(f"{path}: says not its data set; give --dataset")
         arch = args.arch or trained["arch"]
         method = args.method or (paper_method(trained) if trained else None)
-        if data is None or dataset != rows[-1][0][0]:
-            data = common.load_data(dataset, args.data_dir or trained.get("data_dir") or "data")
+        wanted = dataset, args.data_dir or trained.get("data_dir") or "data"
+        if wanted != source:
+            data, source = common.load_data(*wanted), wanted
         for file, classes in [(path, num_classes)] + ([(args.figure1[0], natural[1])] if natural else []):
             if classes != data.num_classes:
                 fail(f"{file}: has {classes} classes, {dataset} {data.num_classes}; choose another --dataset or checkpoint")
@@ -733,7 +727,9 @@ def main():
             if RANK == 0:
                 print("\r\033[K" * sys.stderr.isatty() + f"{column:8} {100 * p:6.2f} ± {100 * half:.2f} %  "
                       f"({time.time() - start:.1f} s)", file=sys.stderr, flush=True)
-        rows.append(((dataset, arch, method or "ours"), path, cells))
+        same = {k: v for k, v in trained.items() if k not in ("seed", "run_dir", "data_dir", "device", "resume")}
+        kind = (Path(path).name, str(same)) if trained else None if method else path  # what may differ between seeds only
+        rows.append(((dataset, arch, method or trained.get("method", "?"), settings["images"], kind), path, cells))
         if RANK == 0:
             points = {c: v for c, (v, _) in cells.items()}
             checks = sceptic(model, net, images, results, points, args, device)
@@ -743,7 +739,7 @@ def main():
             if natural and path == args.checkpoints[0]:
                 figure1(args.figure1[1], natural[0].to(device), images, results, device)
     common.say("\n" + table(rows, columns, paper_rows() if abs(args.epsilon - 8 / 255) < 1e-6 else {}))
-    common.say("\n±: 95 %, of a checkpoint Wilson's for a proportion, of a mean Student's\n" + "\n".join(notes))
+    common.say("\n±: half the 95 % interval, Wilson's of a checkpoint, Student's of a mean\n" + "\n".join(notes))
 
 
 if __name__ == "__main__":

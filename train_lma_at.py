@@ -47,7 +47,7 @@ def parse_args():
     add("--amp", action="store_true", help="networks in bfloat16")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--run-dir", help="default runs/<dataset>-<arch>-<method>-seed<n>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
+    add("--resume", action="store_true", help="continue the run in the run folder, if there is one")
     args = parser.parse_args()
     args.method = Path(__file__).stem.removeprefix("train_")
     args.run_dir = args.run_dir or f"runs/{args.dataset}-{args.arch}-{args.method}-seed{args.seed}"
@@ -151,7 +151,7 @@ def main():
         f"{255 * args.step_size:g}/255\n"
         f"loss {args.margin_weight:g} L' + BCE + {args.beta:g} mHuber; "
         f"L' {args.margin_reduction} over classes, delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}\n"
-        f"run folder {folder}, epochs {len(history) + 1} to {args.epochs}")
+        f"run folder {folder}, {len(history)} of {args.epochs} epochs done")
 
     begin, first = time.time(), len(history)
     for epoch in range(first + 1, args.epochs + 1):

@@ -48,7 +48,7 @@ def parse_args():
     add("--amp", action="store_true", help="networks in bfloat16")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--run-dir", help="default runs/<dataset>-<arch>-<method>-seed<n>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
+    add("--resume", action="store_true", help="continue the run in the run folder, if there is one")
     args = parser.parse_args()
     args.method = Path(__file__).stem.removeprefix("train_")
     args.run_dir = args.run_dir or f"runs/{args.dataset}-{args.arch}-{args.method}-seed{args.seed}"
@@ -92,7 +92,8 @@ def objective(logits_adv, logits_nat, y, ema_adv, ema_nat, args):
     if args.margin_weight:
         terms["L'"] = args.margin_weight * margin_loss(logits_adv, y, args)
     terms["BCE"] = boosted_cross_entropy(logits_adv, y)
-    terms["KL"] = args.lam * weighted_kl(logits_adv, logits_nat, y)
+    if args.lam:
+        terms["KL"] = args.lam * weighted_kl(logits_adv, logits_nat, y)
     if args.beta:
         terms["mHuber"] = args.beta * common.mhuber(ema_adv, ema_nat, args.alpha)
     return terms
@@ -111,7 +112,7 @@ def train_epoch(net, attack_net, optimizer, x_train, y_train, batches, ema_adv, 
             x_adv = common.pgd(attack_net, x, lambda logits: attack_loss(logits, y, args),
                                args.epsilon, args.step_size, args.steps)
 
-        logits_nat = net(x)
+        logits_nat = net(x) if args.lam or args.beta else None
         logits_adv = net(x_adv)
 
         # logit_t <- tau logit_{t-1} + (1 - tau) f(x); logit_{t-1} is a constant to the gradient
@@ -161,7 +162,7 @@ def main():
         f"{255 * args.step_size:g}/255\n"
         f"loss {args.margin_weight:g} L' + BCE + {args.lam:g} KL (1 - p_y) + {args.beta:g} mHuber; "
         f"L' {args.margin_reduction} over classes, delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}\n"
-        f"run folder {folder}, epochs {len(history) + 1} to {args.epochs}")
+        f"run folder {folder}, {len(history)} of {args.epochs} epochs done")
 
     begin, first = time.time(), len(history)
     for epoch in range(first + 1, args.epochs + 1):

@@ -48,7 +48,7 @@ def parse_args():
     add("--amp", action="store_true", help="networks in bfloat16")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--run-dir", help="default runs/<dataset>-<arch>-<method>-seed<n>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
+    add("--resume", action="store_true", help="continue the run in the run folder, if there is one")
     args = parser.parse_args()
     args.method = Path(__file__).stem.removeprefix("train_")
     args.run_dir = args.run_dir or f"runs/{args.dataset}-{args.arch}-{args.method}-seed{args.seed}"
@@ -84,7 +84,8 @@ def objective(logits_adv, logits_nat, y, ema_adv, ema_nat, args):
     if args.margin_weight:
         terms["L'"] = args.margin_weight * margin_loss(logits_adv, y, args)
     terms["CE"] = F.cross_entropy(logits_nat, y)
-    terms["KL"] = args.inv_lambda * kl(F.log_softmax(logits_adv, 1), F.log_softmax(logits_nat, 1))
+    if args.inv_lambda:
+        terms["KL"] = args.inv_lambda * kl(F.log_softmax(logits_adv, 1), F.log_softmax(logits_nat, 1))
     if args.beta:
         terms["mHuber"] = args.beta * common.mhuber(ema_adv, ema_nat, args.alpha)
     return terms
@@ -156,7 +157,7 @@ def main():
         f"{255 * args.step_size:g}/255\n"
         f"loss {args.margin_weight:g} L' + CE(x) + {args.inv_lambda:g} KL + {args.beta:g} mHuber; "
         f"L' {args.margin_reduction} over classes, delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}\n"
-        f"run folder {folder}, epochs {len(history) + 1} to {args.epochs}")
+        f"run folder {folder}, {len(history)} of {args.epochs} epochs done")
 
     begin, first = time.time(), len(history)
     for epoch in range(first + 1, args.epochs + 1):

@@ -246,6 +246,11 @@ def two_sizes(path):
     Image.new("RGB", (40, 32)).save(path / "train" / "class2" / "9.png")
 
 
+def sixteen_bits(path):
+    image_folder(path)
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path / "train" / "class0" / "0.png")
+
+
 def other_classes(path):
     image_folder(path)
     (path / "test" / "class2").rename(path / "test" / "class9")
@@ -254,7 +259,7 @@ def other_classes(path):
 @pytest.mark.parametrize("name, spoil, words", [
     ("cifar10", lambda path: None, "shapes"), ("cifar10", broken_cifar, "shapes"), ("tinyimagenet", lambda path: None, "shapes"),
     ("folder", lambda path: None, "train/ and test/"), ("folder", broken_image, "0.png is not a readable image"),
-    ("folder", two_sizes, "40x32"), ("folder", other_classes, "class9")])
+    ("folder", sixteen_bits, "of 8 bits"), ("folder", two_sizes, "40x32"), ("folder", other_classes, "class9")])
 def test_missing_and_broken_data_end_in_one_line(name, spoil, words, tmp_path, capsys, monkeypatch):
     """What is missing, where it was looked for, what to do; exit status 2. No network: downloads are made to fail."""
     def no_network(*args, **kwargs):

@@ -66,6 +66,7 @@ class Counting:
     (train_lma_at, "", 10, 2), (train_at_ours, "", 10, 2), (train_trades_ours, "", 10, 2), (train_mart_ours, "", 10, 2),
     (train_lma_at, "--beta 0", 10, 1), (train_at_ours, f"--attack-loss ce {PLAIN}", 10, 1),
     (train_trades_ours, f"--attack-loss kl {PLAIN}", 11, 2), (train_mart_ours, f"--attack-loss ce {PLAIN}", 10, 2),
+    (train_mart_ours, f"--attack-loss ce --lambda 0 {PLAIN}", 10, 1),
     (train_at_ours, f"--epsilon 0 {PLAIN}", 0, 1)])
 def test_no_forward_pass_that_no_term_needs(script, options, attack, train, monkeypatch):
     """Passes a step with 10 attack steps: vanilla AT 10 + 1, TRADES 11 + 2 (f(x) once), natural training 0 + 1."""
@@ -156,7 +157,7 @@ def test_compile_makes_one_graph_for_training_and_one_for_the_attack(script, opt
 # ------------------------------------------------------------------------------------------- four scripts, one text
 
 METHOD = r"boosted|weighted_kl|kl\(|logits_nat = net|log_p_nat|attack-loss|inv-lambda|--lambda|terms\[|f\"loss |eq\. 1|Table 1|" \
-         r"f\(x\) is the same|What the search|\"kl\"|lambda logits: attack_loss"
+         r"if args\.inv_lambda|if args\.lam|f\(x\) is the same|What the search|\"kl\"|lambda logits: attack_loss"
 
 
 @pytest.mark.parametrize("a, b", [*itertools.combinations(SCRIPTS, 2)])
@@ -296,7 +297,7 @@ def test_learning_rate_falls_in_the_75th_and_90th_of_130_epochs(script, monkeypa
 @pytest.mark.parametrize("options, words", [
     ("--epsilon 8", "8/255"), ("--epsilon lots", "--epsilon"), ("--dataset mnist", "mnist"), ("--tau 1", "--tau"),
     ("--attack-loss kl", "--attack-loss"), ("--batch-size 64", "--batch-size"), ("--arch wrn-12-1", "6n+4"),
-    ("--device nonsense", "--device"), ("--nonsense", "--nonsense"), ("--resume", "holds no run"), ("--val-size 48", "--val-size")])
+    ("--device nonsense", "--device"), ("--nonsense", "--nonsense"), ("--batch-size 100/2", "100/2"), ("--val-size 48", "--val-size")])
 def test_bad_input_ends_in_one_line(options, words, images, tmp_path, monkeypatch, capsys):
     """Exit status 2, one line on stderr that names the argument, and no run folder begun."""
     with pytest.raises(SystemExit) as stop:
@@ -309,11 +310,19 @@ def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(images, tmp_
     options = f"{images} --epochs 1 --run-dir {tmp_path / 'run'}"
     call(train_lma_at, options, monkeypatch)
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    for changed, words in (("", "already holds a run"), ("--resume --lr 0.5", "lr was 0.01, is 0.5")):
+    def refused(changed, words):
         with pytest.raises(SystemExit) as stop:
             call(train_lma_at, f"{options} {changed}", monkeypatch)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and words in err and err.count("\n") == 1
+    refused("", "already holds a run")
+    refused("--resume --lr 0.5", "lr was 0.01, is 0.5")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    (tmp_path / "run" / "last.pt").write_bytes(before[:1000])
+    refused("--resume", "not readable")
+    (tmp_path / "run" / "args.json").write_text("{")
+    refused("--resume", "not readable")
+    refused(f"--run-dir {tmp_path / 'run' / 'args.json' / 'x'}", "not writable")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch, capsys):

@@ -42,7 +42,7 @@ def say(text):
 
 def fail(message):
     """End the program with one line on stderr and exit status 2: an error that the user can mend."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one piece: other processes may write as well
     os._exit(2) if WORLD > 1 else sys.exit(2)  # torch.distributed's threads may abort a slow end
 
 
@@ -384,7 +384,7 @@ def run(main, *resume):
         say(f"\ninterrupted; continue with: python {shlex.join(again)}")
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that does not exist or is not ours
-        fail(brief(error))
+        fail(f"{brief(error)}; is the folder there, writable and not full?")
     if dist.is_initialized():  # not after an error: NCCL would wait for the others before the error is shown
         dist.destroy_process_group()
 

@@ -250,7 +250,8 @@ def test_a_killed_run_resumes_bit_identically(images, tmp_path, monkeypatch, cap
 
 def test_run_folder_and_best_epoch(images, tmp_path, monkeypatch, capsys):
     """args.json, a metrics row an epoch, examples.png, a final table; best.pt is the epoch of the best val PGD-10; the
-    learning rate falls tenfold after 74/130 and after 89/130 of the epochs (here both in epoch 4); --val-size 0 keeps last.pt alone."""
+    learning rate falls tenfold after 74/130 and after 89/130 of the epochs (here both in epoch 4); --val-size 0 keeps last.pt alone;
+    --resume starts a run where there is none."""
     call(train_mart_ours, f"{images} --epochs 4 --lr 0.1 --run-dir {tmp_path / 'run'}", monkeypatch)
     out = capsys.readouterr().out
     args, rows = json.loads((tmp_path / "run/args.json").read_text()), list(csv.DictReader(open(tmp_path / "run/metrics.csv")))
@@ -261,7 +262,7 @@ def test_run_folder_and_best_epoch(images, tmp_path, monkeypatch, capsys):
     assert {"best.pt", "last.pt", "args.json", "metrics.csv", "examples.png"} == {p.name for p in (tmp_path / "run").iterdir()}
     assert "| best.pt |" in out and "python evaluate.py" in out and len(re.findall(r"^epoch \d/4", out, re.M)) == 4
     assert Image.open(tmp_path / "run/examples.png").width > 10 * 64
-    call(train_at_ours, f"{images} --epochs 1 --val-size 0 --run-dir {tmp_path / 'all'}", monkeypatch)
+    call(train_at_ours, f"{images} --epochs 1 --val-size 0 --resume --run-dir {tmp_path / 'all'}", monkeypatch)
     assert not (tmp_path / "all/best.pt").exists() and (tmp_path / "all/last.pt").exists()
 
 

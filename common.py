@@ -43,7 +43,7 @@ def say(text):
 def fail(message):
     """End the program with one line on stderr and exit status 2: an error that the user can mend."""
     print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one piece: other processes may write as well
-    os._exit(2) if WORLD > 1 else sys.exit(2)  # torch.distributed's threads may abort a slow end
+    os._exit(2) if WORLD > 1 else sys.exit(2)  # at once: threads of torch.distributed can crash a slower end
 
 
 def brief(error):
@@ -93,7 +93,7 @@ def setup(device):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # of a download
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # for a download
     return device
 
 
@@ -272,8 +272,8 @@ def decode(cache, train, test, num_classes):
     for i, path in enumerate(paths):
         try:
             image = Image.open(path)
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel, which PIL would clip")
+            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
+                raise ValueError
             image = np.asarray(image.convert("RGB"))
         except Exception:  # a broken file makes PIL raise anything
             fail(f"{path} is not a readable image of 8 bits a channel; replace or remove it")

@@ -727,9 +727,11 @@ def main():
             if RANK == 0:
                 print("\r\033[K" * sys.stderr.isatty() + f"{column:8} {100 * p:6.2f} ± {100 * half:.2f} %  "
                       f"({time.time() - start:.1f} s)", file=sys.stderr, flush=True)
-        same = {k: v for k, v in trained.items() if k not in ("seed", "run_dir", "data_dir", "device", "resume")}
-        kind = (Path(path).name, str(same)) if trained else None if method else path  # what may differ between seeds only
-        rows.append(((dataset, arch, method or trained.get("method", "?"), settings["images"], kind), path, cells))
+        alike = args.method or path  # a mean is of foreign weights of one method, or of runs that differ in the seed alone
+        if trained:
+            varies = ("seed", "run_dir", "data_dir", "device", "resume")
+            alike = Path(path).name, str({k: v for k, v in trained.items() if k not in varies})
+        rows.append(((dataset, arch, method or trained.get("method", "?"), settings["images"], alike), path, cells))
         if RANK == 0:
             points = {c: v for c, (v, _) in cells.items()}
             checks = sceptic(model, net, images, results, points, args, device)

@@ -1,111 +1,79 @@
-"""What the four training scripts and evaluate.py share: arguments, networks, data, PGD, mHuber, run folders.
+"""What the four training scripts and evaluate.py share: networks, data, PGD, mHuber.
 
-Nothing here decides the method; that is in the scripts. Images are float tensors N x 3 x H x W in [0, 1], networks return
-logits N x C, perturbations are L-infinity in the unit of the images. Under torchrun each process runs the same code on its
-part of every batch (RANK of WORLD); without it WORLD is 1.
+Images are float tensors N x 3 x H x W in [0, 1], networks return logits N x C, perturbations are
+L-infinity in the unit of the images. Under torchrun process RANK of WORLD has its part of a batch.
 """
 import argparse
-import copy
-import hashlib
+import contextlib
+import glob
 import json
 import math
 import os
 import re
 import shlex
 import sys
-import textwrap
 import time
+import zlib
 from collections import namedtuple
 from datetime import timedelta
+from fractions import Fraction
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
-from torch import distributed as dist, nn
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.models import resnet
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
-DATASETS = ("cifar10", "cifar100", "tinyimagenet", "folder", "shapes")
-
-
-# ---------------------------------------------------------------------------------------------- arguments and messages
-def say(text):
-    """Print, from one process only, at once."""
-    if RANK == 0:
-        print(text, flush=True)
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-def fail(message):
-    """End the program with one line on stderr and exit status 2: an error that the user can mend."""
-    print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one piece: other processes may write as well
-    os._exit(2) if WORLD > 1 else sys.exit(2)  # at once: threads of torch.distributed can crash a slower end
+# ------------------------------------------------------------------------------------ networks
+def conv_bn(conv, bn, x):
+    """bn(conv(x)). In eval mode as one convolution: the same values in fewer passes over memory."""
+    if bn.training:
+        return bn(conv(x))
+    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
 
 
-def brief(error):
-    """An exception in one short line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+class BasicBlock(resnet.BasicBlock):
+    def forward(self, x):
+        skip = x
+        if self.downsample is not None:
+            skip = conv_bn(self.downsample[0], self.downsample[1], x)
+        out = F.relu(conv_bn(self.conv1, self.bn1, x), inplace=True)
+        out = conv_bn(self.conv2, self.bn2, out)
+        return F.relu(out + skip, inplace=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line and the defaults in the help."""
+class ResNet18(resnet.ResNet):
+    """torchvision's ResNet-18 with the CIFAR stem: a 3x3 convolution of stride 1, no max-pool."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            no_default = action.default is None or action.default is False
-            return action.help if no_default else super()._get_help_string(action)
+    def __init__(self, num_classes):
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes)
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Help)
-
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
-def number(low, high=math.inf, kind=float):
-    """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
-    def parse(text):
-        top, _, bottom = text.partition("/")
-        try:
-            value = kind(text) if kind is int else float(top) / float(bottom or 1)
-        except (ValueError, ZeroDivisionError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number such as {'100' if kind is int else '8/255'}")
-        if not low <= value <= high:
-            hint = f"; images are in [0, 1], did you mean {text}/255?" if high == 1 and value > 1 else ""
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}{hint}")
-        return value
-    return parse
+    def forward(self, x):
+        x = F.relu(conv_bn(self.conv1, self.bn1, x), inplace=True)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
 
 
-def setup(device):
-    """The torch.device ("auto": CUDA if there is one); joins the other processes of torchrun."""
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # for a download
-    return device
-
-
-def barrier():
-    """Wait until every process is here (an all_reduce would not do: on CUDA it returns at once)."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
 class WideBlock(nn.Module):
-    """Pre-activation residual block of WideResNet (Zagoruyko & Komodakis 2016), parameters named as in TRADES' code."""
+    """Pre-activation residual block (Zagoruyko & Komodakis 2016), named as in TRADES' code."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -113,260 +81,276 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+        widens = c_in != c_out
+        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if widens else None
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
         skip = x if self.convShortcut is None else self.convShortcut(out)
-        return skip + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+        out = F.relu(conv_bn(self.conv1, self.bn2, out), inplace=True)
+        return skip + self.conv2(out)
 
 
 class WideResNet(nn.Module):
-    """WideResNet-depth-widen (the paper's is 34-10): images of any size from 8 x 8 up, logits N x num_classes."""
+    """WideResNet-depth-widen (the paper's is 34-10) for images from 8 x 8 up."""
 
     def __init__(self, depth, widen, num_classes):
         super().__init__()
-        width = (16, 16 * widen, 32 * widen, 64 * widen)
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        for i in (1, 2, 3):
-            blocks = [WideBlock(width[i - 1], width[i], 1 if i == 1 else 2)]
+        width = (16, 16 * widen, 32 * widen, 64 * widen)
+        for i, stride in ((1, 1), (2, 2), (3, 2)):
+            blocks = [WideBlock(width[i - 1], width[i], stride)]
             blocks += [WideBlock(width[i], width[i], 1) for _ in range((depth - 4) // 6 - 1)]
             self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
         self.bn1 = nn.BatchNorm2d(width[3])
         self.fc = nn.Linear(width[3], num_classes)
-        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):
         x = self.conv1(x)
         for block in (self.block1, self.block2, self.block3):
             x = block["layer"](x)
-        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
+        x = F.relu(self.bn1(x), inplace=True)
+        return self.fc(x.mean((2, 3)))
 
 
 def make_model(arch, num_classes):
-    """`resnet18` (torchvision's with the CIFAR stem: 3x3 stride-1 convolution, no max-pool) or `wrn-<depth>-<widen>`."""
+    """`resnet18` or `wrn-<depth>-<widen>`."""
     if arch == "resnet18":
-        model = torchvision.models.resnet18(num_classes=num_classes)
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
-        return model
-    size = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
-    if not size or (depth := int(size[1])) < 10 or (depth - 4) % 6 or not (widen := int(size[2])):
-        fail(f"--arch {arch}: unknown; take resnet18 or wrn-<depth>-<widen> with a depth of 6n+4, such as wrn-34-10")
-    return WideResNet(depth, widen, num_classes)
+        return ResNet18(num_classes)
+    match = re.fullmatch(r"wrn-(\d{1,3})-([1-9]\d?)", arch)
+    if match is None or int(match[1]) < 10 or int(match[1]) % 6 != 4:
+        fail(f"--arch {arch}: unknown; take resnet18 or wrn-<depth>-<widen>, depth 6n+4: wrn-34-10")
+    return WideResNet(int(match[1]), int(match[2]), num_classes)
 
 
-def fold_batchnorm(model):
-    """An eval-mode twin of `model` for attacks, with every batch norm that follows a convolution folded into it.
-
-    Same logits up to float rounding in fewer passes over memory, no parameter gradients. It shares all other tensors with
-    the model and leaves the model as it is; `twin.refresh()` folds anew after the weights have changed.
-    """
-    twin = torch.fx.symbolic_trace(copy.deepcopy(model)).eval().requires_grad_(False)
-    source = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        tensor.data = source[name].data
-    modules, folds = dict(twin.named_modules()), []
-    for node in twin.graph.nodes:
-        before = node.args[0] if node.args else None
-        bn, conv = modules.get(str(node.target)), modules.get(str(getattr(before, "target", None)))
-        if isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(before.users) == 1:
-            folds.append((bn, conv, conv.weight.data))
-            conv.weight, conv.bias = (nn.Parameter(torch.empty_like(t), False) for t in (conv.weight, bn.bias))
-            node.replace_all_uses_with(before)
-            twin.graph.erase_node(node)
-    twin.recompile()
-
-    @torch.no_grad()
-    def refresh():
-        for bn, conv, weight in folds:  # bn(w * x) = (s w) * x + (b - s mean),  s = gamma / sqrt(var + eps)
-            s = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            torch.mul(weight, s[:, None, None, None], out=conv.weight)
-            torch.addcmul(bn.bias, s, bn.running_mean, value=-1, out=conv.bias)
-    refresh()
-    twin.refresh = refresh
-    return twin
-
-
-def accelerate(net, args, parallel=False):
-    """`net` as the training loop calls it: DistributedDataParallel, torch.compile (--compile), bfloat16 (--amp)."""
-    run = nn.parallel.DistributedDataParallel(net) if parallel and WORLD > 1 else net
-    if run is not net:  # batch norm's running statistics stay each process's own until average_statistics; set here because
-        run.broadcast_buffers = False  # the argument's name differs between releases of torch
-    run = torch.compile(run) if args.compile else run
-
-    def forward(x):  # losses, moving averages and PGD's projection stay outside, in float32
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return run(x).float()
-    forward.refresh = getattr(net, "refresh", None)
-    return forward if args.amp else run
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-Data = namedtuple("Data", "x_train y_train x_test y_test num_classes")  # images uint8 N x 3 x H x W, labels int64 N
+# ---------------------------------------------------------------------------------------- data
+# images uint8 N x 3 x H x W, labels int64 N, the names of the classes
+Data = namedtuple("Data", "x_train y_train x_test y_test classes")
 
 
 def load_data(name, data_dir):
-    """The data set `name` (one of DATASETS), downloaded into or read from `data_dir`; exits in one line if it cannot."""
+    """The data set `name` (of DATASETS), downloaded into or read from `data_dir`."""
     data_dir = Path(data_dir)
     if RANK > 0:
-        barrier()  # process 0 downloads and fills the cache, the others then find it
+        barrier()  # process 0 downloads, the others then find the files
     try:
-        if name == "shapes":
-            data = Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), 10)
-        elif name in ("cifar10", "cifar100"):
-            kind = CIFAR10 if name == "cifar10" else CIFAR100
-            train, test = (kind(data_dir, is_train, download=True) for is_train in (True, False))
-            data = Data(*(t for s in (train, test) for t in (torch.from_numpy(s.data).permute(0, 3, 1, 2),
-                                                             torch.tensor(s.targets))), len(train.classes))
-        else:
-            data = decode(data_dir / f"{name}.cache.pt", *(folder if name == "folder" else tinyimagenet)(data_dir))
+        data = DATASETS[name](data_dir)
     except Exception as error:  # a broken file makes its reader raise anything
-        remedy = "choose another --data-dir" if name == "folder" else "connect to the internet, put the files there"
-        fail(f"--dataset {name}: not to be had from {data_dir.resolve()} ({brief(error)}); {remedy}, or take --dataset "
-             "shapes, which needs no download")
+        network = "connect to the internet, " if isinstance(error, OSError) else ""
+        fail(f"--dataset {name} in {data_dir.resolve()}: {brief(error)}; {network}put the files "
+             "there, or take --dataset shapes, which needs none")
     if RANK == 0:
         barrier()
     return data
 
 
-def folder(root):
-    """Any ImageFolder tree with train/ and test/ (or val/): two lists of (path, label) and the number of classes."""
-    test = next((root / split for split in ("test", "val") if (root / split).is_dir()), None)
-    if test is None or not (root / "train").is_dir():
-        raise ValueError("it needs the folders train/ and test/ (or val/) with a folder of images per class in each")
-    train, test = ImageFolder(root / "train"), ImageFolder(test)
-    if train.classes != test.classes:
-        raise ValueError(f"train and test differ in the classes {sorted(set(train.classes) ^ set(test.classes))[:5]}")
-    return train.samples, test.samples, len(train.classes)
+def cifar(dataset, data_dir):
+    """CIFAR-10 or CIFAR-100 below `data_dir`, which may also be the folder of batches itself."""
+    root = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
+    batches = root / dataset.base_folder
+    lost = [f for f, _ in dataset.train_list + dataset.test_list if not (batches / f).exists()]
+    if lost and batches.is_dir() and not (root / dataset.filename).exists():
+        raise ValueError(f"{batches.name} lacks {', '.join(lost)}")
+    train, test = dataset(root, train=True, download=True), dataset(root, train=False)
+    x_train, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
+    return Data(x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets),
+                train.classes)
 
 
 def tinyimagenet(data_dir):
-    """tiny-imagenet-200, downloaded and unpacked if need be, its val split as the test set; as `folder`."""
-    root, aside = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.tmp"
-    if not root.is_dir():  # unpacked aside and renamed: a half-unpacked folder is never taken for a whole one
-        download_url(TINY_URL, data_dir, md5=TINY_MD5)
-        extract_archive(data_dir / "tiny-imagenet-200.zip", aside)
-        (aside / root.name).rename(root)
-        aside.rmdir()
-    train = ImageFolder(root / "train")
-    rows = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
-    test = [(str(root / "val" / "images" / row[0]), train.class_to_idx[row[1]]) for row in rows]
-    return train.samples, test, len(train.classes)
+    """tiny-imagenet-200, downloaded and unpacked if need be; its val split is the test set."""
+    root, unpacked = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.tmp"
+    if (data_dir / "train").is_dir():
+        root = data_dir
+    elif not root.is_dir():  # unpacked aside: half of it is never taken for the whole
+        download_and_extract_archive(TINY_URL, data_dir, unpacked, md5=TINY_MD5)
+        (unpacked / root.name).rename(root)
+        unpacked.rmdir()
+    return folder(root)
 
 
-def decode(cache, train, test, num_classes):
-    """Lists of (path, label) to Data, once: `cache` keeps the tensors until a path, label, size or date changes."""
-    paths, y = zip(*train, *test)
-    stats = [(path, label, (s := os.stat(path)).st_size, s.st_mtime_ns) for path, label in zip(paths, y)]
-    signature = hashlib.sha256(repr((len(train), stats)).encode()).hexdigest()
-    try:
-        saved = torch.load(cache, weights_only=True)
-        if saved["signature"] == signature:
-            return Data(*saved["data"])
-    except Exception:  # no cache or an unreadable one: decode
-        pass
-    say(f"decoding {len(paths):,} images into {cache} (once)")
-    for i, path in enumerate(paths):
+def folder(root):
+    """train/ and test/, or val/ where test/ has no labels; in each a folder of images per class.
+
+    val/ may have its labels in val_annotations.txt, as Tiny ImageNet's has.
+    """
+    train = list_images(root / "train")
+    classes, differ = sorted({label for _, label in train}), {}
+    for split in ("test", "val"):
+        test = list_images(root / split)
+        table = root / split / "val_annotations.txt"
+        if {label for _, label in test} == {"images"} and table.exists():
+            rows = [line.split("\t") for line in table.read_text().splitlines() if "\t" in line]
+            label_of = {row[0]: row[1] for row in rows}
+            test = [(path, label_of.get(path.name, "")) for path, _ in test]
+        differ[split] = sorted({label for _, label in test} ^ set(classes))[:5]
+        if len(classes) > 1 and not differ[split]:
+            return Data(*read_images(train, classes), *read_images(test, classes), classes)
+    raise ValueError("it needs train/ and test/ (or val/), in each a folder of images for each of "
+                     f"two or more classes; train/ has {classes[:5]}, the others lack {differ}")
+
+
+def list_images(root):
+    """[(path, class)] of the images in the folders below `root`; .names are passed over."""
+    names = sorted(glob.glob("*/**", root_dir=root, recursive=True))
+    files = [root / name for name in names if (root / name).is_file()]
+    images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    if len(images) < len(files):
+        kinds = sorted({path.suffix for path in files} - {path.suffix for path in images})
+        print0(f"note: {len(files) - len(images)} files in {root} are not read: {kinds}")
+    return [(path, path.relative_to(root).parts[0]) for path in images]
+
+
+def read_images(samples, classes):
+    """uint8 images, all of one size, and labels of a list of (path, class)."""
+    def read(path):
         try:
             image = Image.open(path)
             if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
-                raise ValueError
-            image = np.asarray(image.convert("RGB"))
+                raise ValueError(image.mode)
+            return np.asarray(image.convert("RGB"))
         except Exception:  # a broken file makes PIL raise anything
-            fail(f"{path} is not a readable image of 8 bits a channel; replace or remove it")
-        x = x if i else np.empty((len(paths), *image.shape), np.uint8)
-        if image.shape != x.shape[1:]:
-            fail(f"{path} is {image.shape[1]}x{image.shape[0]}, {paths[0]} {x.shape[2]}x{x.shape[1]}; make the sizes equal")
-        x[i] = image
-    x, y, n = torch.from_numpy(x).permute(0, 3, 1, 2), torch.tensor(y), len(train)
-    data = Data(x[:n], y[:n], x[n:], y[n:], num_classes)
-    try:
-        save({"signature": signature, "data": tuple(data)}, cache)
-    except (OSError, RuntimeError) as error:
-        say(f"note: {cache} cannot be written ({error}); the next start decodes again")
-    return data
+            raise ValueError(f"{path} is not a readable image of 8 bits a channel")
+
+    paths, labels = zip(*samples)
+    with ThreadPool() as pool:
+        images = pool.imap(read, paths, chunksize=64)
+        images = list(progress(images, len(paths), "reading images"))
+    for path, image in zip(paths, images):
+        if image.shape != images[0].shape:
+            raise ValueError(f"{path} and {paths[0]} differ in size; make all sizes equal")
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return x, torch.tensor([classes.index(label) for label in labels])
+
+
+SHAPES = [f"{fill} {shape}" for fill in ("hollow", "filled")
+          for shape in ("circle", "square", "diamond", "triangle", "cross")]
 
 
 def draw_shapes(n, seed):
-    """Ten drawn classes, 32 x 32: what is learnt from the shape is robust, the faint pattern of each class is not.
+    """Images of SHAPES, 32 x 32: the shape is a robust feature, the faint pattern is not.
 
-    A shape in a random colour, place, size and small rotation stands out by 0.2 to 0.4; a tile of +-2/255 peculiar to
-    the class covers the image: natural training may rely on it, an attack of 8/255 removes it.
+    A shape in a random colour, place and size stands out by 0.2 to 0.4; a tile of +-2/255 peculiar
+    to the class covers the image: natural training may rely on it, an attack of 8/255 removes it.
     """
     g = torch.Generator().manual_seed(seed)
-    tile = torch.randint(2, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 4 - 2  # the same for every seed
-    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    x, y = torch.empty(n, 3, 32, 32), torch.randperm(n, generator=g) % 10
-    for label in range(10):
-        index = (y == label).nonzero()[:, 0]
-        def uniform(low, high, channels=()):
-            return low + (high - low) * torch.rand(len(index), *channels, 1, 1, generator=g)
-        angle, size, dx, dy = uniform(-0.2, 0.2), uniform(9, 13), column - uniform(13, 18), row - uniform(13, 18)
-        u, v = (angle.cos() * dx + angle.sin() * dy) / size, (angle.cos() * dy - angle.sin() * dx) / size
-        a, b, r = u.abs(), v.abs(), (u * u + v * v).sqrt()
-        box = torch.maximum(a, b) < 0.9
-        mask = (r < 0.9, box, (v < 0.8) & (v > 2 * a - 0.9), box & (torch.minimum(a, b) < 0.3), (r < 1) & (r > 0.6),
-                a + b < 1, box & (v * 2 % 1 < 0.5), box & (u * 2 % 1 < 0.5),
-                box & ((u * 2).floor() + (v * 2).floor()).remainder(2).bool(), box & ((a - b).abs() < 0.3))[label]
-        ground, contrast = uniform(0.3, 0.7, (3,)), uniform(0.2, 0.4, (3,)) * uniform(-1, 1).sign()[:, None]
-        noise = 0.02 * torch.randn(len(index), 3, 32, 32, generator=g)
-        x[index] = ground + contrast * mask[:, None] + noise + tile[label].repeat(1, 8, 8) / 255
+    y = torch.randperm(n, generator=g) % 10
+
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
+
+    size = uniform(9, 13)
+    u = (torch.arange(32.0) - uniform(13, 18)).abs() / size
+    v = (torch.arange(32.0)[:, None] - uniform(13, 18)) / size
+    most, least = torch.maximum(u, v.abs()), torch.minimum(u, v.abs())
+    norms = [(u * u + v * v).sqrt(), most / 0.9, u + v.abs(), torch.maximum(v, 2 * u - v) / 0.9,
+             torch.maximum(most / 0.9, least / 0.35)]
+    norm = torch.stack(norms)[y % 5, torch.arange(n)]
+    mask = (norm < 1) & ((norm > 0.6) | (y >= 5).view(-1, 1, 1, 1))
+    contrast = uniform(0.2, 0.4, channels=3) * uniform(-1, 1).sign()
+    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=g)
+    tile_g = torch.Generator().manual_seed(0)  # the same tiles for every seed
+    tiles = (torch.randint(2, (10, 3, 4, 4), generator=tile_g) * 4 - 2) / 255
+    x = uniform(0.3, 0.7, channels=3) + contrast * mask + noise + tiles[y].repeat(1, 1, 8, 8)
     return (x.clamp(0, 1) * 255).round().byte(), y
 
 
-def hold_out(data, args, device):
-    """x_train, y_train, x_val, y_val on the device: --val-size training images, the same for every seed, are held out."""
-    n = len(data.x_train) - args.val_size
-    if n < args.batch_size or args.batch_size // WORLD < 2 or args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} with --val-size {args.val_size} of {len(data.x_train)} training images: an "
-             f"epoch needs one whole batch, and each of {WORLD} processes the same number of its images, at least two")
+DATASETS = {
+    "cifar10": partial(cifar, CIFAR10), "cifar100": partial(cifar, CIFAR100),
+    "tinyimagenet": tinyimagenet, "folder": folder,
+    "shapes": lambda _: Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), SHAPES)}
+
+
+def fingerprint(x, y):
+    """Number, size and checksum of images and labels: whether two runs saw the same data."""
+    checksum = zlib.crc32(y.numpy(), zlib.crc32(x.contiguous().numpy()))
+    return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
+
+
+def hold_out(data, n, device):
+    """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out."""
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    return [t[part].to(device) for part in (order[:n], order[n:]) for t in (data.x_train, data.y_train)]
+    train, val = order[:len(order) - n], order[len(order) - n:]
+    return (data.x_train[train].to(device), data.y_train[train].to(device),
+            data.x_train[val].to(device), data.y_train[val].to(device))
+
+
+def shuffled_batches(x, y, batch_size, seed, epoch):
+    """Augmented batches (images, labels, their rows in x) of one epoch; of each our process's part.
+
+    All random numbers of the epoch follow from (seed, epoch): a resumed run repeats them. An
+    incomplete last batch is left out.
+    """
+    seeds = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD).tolist()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seeds[0]))
+    order = order[:len(x) // batch_size * batch_size].view(-1, batch_size)
+    torch.manual_seed(seeds[1 + RANK])
+    for rows in order[:, RANK::WORLD].to(x.device):
+        yield augment(x[rows]), y[rows], rows
 
 
 def augment(x):
-    """A random crop after padding by 4 zero pixels and a random flip, own to each image: uint8 in, float [0, 1] out."""
+    """A random crop after padding by 4 zero pixels and a random flip of each image."""
     n, _, height, width = x.shape
-    image = torch.arange(n, device=x.device)[:, None, None]
-    rows = torch.randint(9, (n, 1), device=x.device) + torch.arange(height, device=x.device)
-    columns = torch.randint(9, (n, 1), device=x.device) + torch.arange(width, device=x.device)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(1))
-    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    return to_float(padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
+    crops = F.pad(x, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # a view, n x 3 x 9 x 9
+    top, left = torch.randint(9, (2, n), device=x.device)
+    x = crops[torch.arange(n, device=x.device), :, top, left]
+    flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
+    return to_float(torch.where(flip, x.flip(3), x))
 
 
 def to_float(x):
     """uint8 images as float in [0, 1], in the memory format that convolutions like best."""
-    return x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    return x.to(torch.float32, memory_format=torch.channels_last) / 255
 
 
-# ------------------------------------------------------------------------------------------------------ PGD and mHuber
+# ------------------------------------------------------------------------- PGD, accuracy, mHuber
 def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
     """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
 
-    model: images to logits, run in eval mode and put back into its own; no parameter gradients. loss: logits to a scalar.
-    start: the first iterate, by default x + 0.001 N(0, I), Algorithm 1's. Returns the last iterate, detached, within
-    epsilon of x and in [0, 1].
+    loss maps logits to a scalar. start is the first iterate, by default x + 0.001 N(0, I) as in
+    Algorithm 1. Returns the last iterate, within epsilon of x and in [0, 1].
     """
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()  # open: the paper does not say which mode; eval as in TRADES and MART
-    lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+    training = model.training
+    model.eval()  # open: the paper does not say which mode; eval as in TRADES and MART
+    lower, upper = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
-        gradient, = torch.autograd.grad(loss(model(x_adv)), x_adv)
-        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign_(), lower, upper)
-    if training:
-        model.train()
+        logits = model(x_adv).to(x.dtype)  # under autocast they are bfloat16
+        gradient = torch.autograd.grad(loss(logits), x_adv)[0]
+        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), lower, upper)
+    model.train(training)
     return x_adv
 
 
+def accuracy(model, x, y, epsilon, step_size, steps, batch_size, amp=False, text="test"):
+    """Clean and PGD accuracy in percent on uint8 images, in eval mode: CE, uniform start, the last
+    iterate decides. With amp the search runs in bfloat16, the decisions stay in float32."""
+    model.eval()
+    correct = torch.zeros(2, device=x.device)
+    parts = list(zip(x[RANK::WORLD].split(batch_size), y[RANK::WORLD].split(batch_size)))
+    for images, labels in progress(parts, len(parts), text):
+        images = x_adv = to_float(images)
+        if epsilon:
+            start = images + torch.empty_like(images).uniform_(-epsilon, epsilon)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                x_adv = pgd(model, images, lambda logits: F.cross_entropy(logits, labels),
+                            epsilon, step_size, steps, start)
+        with torch.no_grad():
+            clean = model(images).argmax(1) == labels
+            robust = clean & (model(x_adv).argmax(1) == labels)
+        correct += torch.stack([clean.sum(), robust.sum()])
+    return (100 * all_sum(correct) / len(x)).tolist()
+
+
 def mhuber(u, v, alpha):
-    """Modified Huber loss (section 3), the mean over all elements of u - v; value and slope agree at the seam."""
+    """Modified Huber loss (section 3), the mean over all elements of u - v. In float32 the value of
+    an element is 0 below |d| of about 1e-3, where 1 - cos cancels; its gradient stays right."""
     d = u - v
     c = d.abs() / alpha <= math.pi / 2
     A = alpha ** 2 * (1 - torch.cos(d / alpha))
@@ -374,77 +358,121 @@ def mhuber(u, v, alpha):
     return torch.where(c, A, B).mean()
 
 
-# ------------------------------------------------------------------------------------------------ the run and its folder
+# ------------------------------------------------------------- arguments, messages, processes
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line and the script's own text and the defaults as its help."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            shown = action.default not in (None, False)
+            return super()._get_help_string(action) if shown else action.help
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Formatter)
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+def number(low, high=10 ** 6, kind=float):
+    """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
+    def parse(text):
+        try:
+            value = int(text) if kind is int else float(Fraction(text))
+        except (ValueError, ArithmeticError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 100 or 8/255")
+        if not low <= value <= high:
+            hint = f", did you mean {text}/255?" if high == 1 and value > 1 else ""
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}{hint}")
+        return value
+    return parse
+
+
+def print0(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def brief(error):
+    """The first line of an exception's text."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def fail(message):
+    """End the program with one line on stderr, exit status 2: an error that the user can mend."""
+    print("error:", *message.split(), file=sys.stderr, flush=True)
+    if WORLD > 1:
+        os._exit(2)  # at once, as the other processes may wait for this one
+    sys.exit(2)
+
+
+def progress(items, total, text):
+    """Iterate over `items`; a terminal sees how far it is."""
+    start = shown = time.time()
+    for i, item in enumerate(items, 1):
+        yield item
+        if time.time() > shown + 0.5:
+            shown = time.time()
+            left = timedelta(seconds=int((shown - start) / i * (total - i)))
+            live(f"{text}: {i:,} of {total:,}, {left} left")
+    live("")
+
+
+def live(text):
+    """Rewrite one line of the terminal."""
+    if RANK == 0 and sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def setup(name):
+    """The torch.device of that name ("auto": CUDA if there is one); joins torchrun's processes."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.backends.cudnn.benchmark = True
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
+    if WORLD > 1:  # patient: process 0 may download
+        dist.init_process_group(timeout=timedelta(hours=2))
+    return device
+
+
 def run(main, *resume):
-    """Call main(); Ctrl-C ends it with the command, this one and the options `resume`, that continues it."""
+    """Call main(). Ctrl-C ends it with the command, this one and the options `resume`, that goes on
+    with it; a full memory or disk or a missing compiler ends it in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a sign that a terminal lacks is no error
     try:
         main()
     except KeyboardInterrupt:
-        again = sys.argv + [option for option in resume if option not in sys.argv]
-        say(f"\ninterrupted; continue with: python {shlex.join(again)}")
-        sys.exit(130)
-    except OSError as error:  # a full disk, a folder that does not exist or is not ours
-        fail(f"{brief(error)}; is the folder there, writable and not full?")
-    if dist.is_initialized():  # not after an error: NCCL would wait for the others before the error is shown
+        launcher = ["python"]
+        if WORLD > 1:
+            launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "--"]
+        again = launcher + sys.argv + [option for option in resume if option not in sys.argv]
+        with contextlib.suppress(BrokenPipeError):
+            print0(f"\ninterrupted; continue with: {shlex.join(again)}")
+        os._exit(130)
+    except BrokenPipeError:  # nobody reads our output any more, as after `| head`
+        os._exit(141)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if re.search("out of memory|can't allocate memory|^$", str(error)):
+            fail(f"out of memory ({brief(error)}); take a smaller --batch-size")
+        if isinstance(error, OSError):
+            fail(f"{brief(error)}; is the place there, writable and not full?")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"--compile does not work here ({brief(error)}); leave it out")
+        raise
+    if dist.is_initialized():  # not after an error: NCCL would wait for the others
         dist.destroy_process_group()
 
 
-def save(state, path):
-    """A text, or anything else by torch.save, by process 0; renamed when whole: `path` never holds half a file."""
-    if RANK == 0:
-        Path(f"{path}.tmp").write_text(state) if isinstance(state, str) else torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-
-
-def open_run(args, device):
-    """Make the run folder and its args.json; with --resume return its last.pt (None if no epoch was finished)."""
-    record, last = Path(args.run_dir) / "args.json", Path(args.run_dir) / "last.pt"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    new = vars(args) | {"processes": WORLD, "torch": torch.__version__, "hardware": hardware}
-    if record.exists() and not args.resume:
-        fail(f"{record.parent} already holds a run; add --resume to continue it, or choose another --run-dir")
-    barrier()  # every process has looked
-    try:
-        old = json.loads(record.read_text()) if record.exists() else new
-        changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v
-                   and k not in ("resume", "run_dir", "data_dir", "device", "hardware", "torch")]
-        if changed:
-            fail(f"--resume: {record.parent} was started with other settings ({'; '.join(changed)}); give the same ones, "
-                 "or choose another --run-dir")
-        record.parent.mkdir(parents=True, exist_ok=True)
-        save(json.dumps(new, indent=1), record)
-        return torch.load(last, map_location=device, weights_only=True) if last.exists() else None
-    except Exception as error:  # whatever a damaged file or the file system raises
-        fail(f"--run-dir {record.parent}: not readable or not writable ({brief(error)}); choose another")
-
-
-def start_epoch(n, batch_size, seed, epoch):
-    """Seed all random numbers of this epoch (a resumed run needs no generator state); return its shuffled batches:
-    this process's indices [n // batch_size, batch_size // WORLD]. An incomplete last batch is left out."""
-    shared, *own = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD).tolist()
-    torch.manual_seed(own[RANK])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(shared))
-    return order[:n // batch_size * batch_size].view(-1, batch_size)[:, RANK::WORLD]
-
-
-def progress(batches, text):
-    """Iterate over `batches`, with a live line on a terminal."""
-    live, start = RANK == 0 and sys.stderr.isatty(), time.time()
-    for i, batch in enumerate(batches, 1):
-        yield batch
-        if live:
-            left = timedelta(seconds=int((time.time() - start) / i * (len(batches) - i)))
-            print(f"\r\033[K{text}: step {i}/{len(batches)}, {left} left\r", end="", file=sys.stderr, flush=True)
-    print("\033[K" * live, end="", file=sys.stderr, flush=True)
-
-
-def read_log(log, epoch):
-    """{term: mean over the epoch} of {term: values by step}, kept on the device so far; stops if one is not finite."""
-    values = all_sum(torch.stack(list(log.values()), 1)).cpu() / WORLD
-    for step, term in (~values.isfinite()).nonzero().tolist():
-        fail(f"epoch {epoch}, step {step + 1}: the term {list(log)[term]} is {values[step, term]:g}; last.pt, if there is "
-             "one, holds the epoch before; try a lower --lr or a smaller weight of the term, in another --run-dir")
-    return dict(zip(log, values.mean(0).tolist()))
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
 
 
 def all_sum(tensor):
@@ -454,52 +482,70 @@ def all_sum(tensor):
     return tensor
 
 
-def all_slots(ema):
-    """The moving averages [m / WORLD, C] of all processes, one below the other: [m, C]."""
-    slots = ema.new_zeros(WORLD, *ema.shape)
-    slots[RANK] = ema
-    return all_sum(slots).flatten(0, 1)
+def all_rows(tensor):
+    """The rows of all processes, one below the other."""
+    rows = tensor.new_zeros(WORLD, *tensor.shape)
+    rows[RANK] = tensor
+    return all_sum(rows).flatten(0, 1)
 
 
-def average_statistics(model):
-    """Make batch norm's running statistics their mean over the processes, which saw different images."""
-    for buffer in (b for b in model.buffers() if b.is_floating_point()):
-        all_sum(buffer).div_(WORLD)
+# --------------------------------------------------------------------------- the files of a run
+def lock(path):
+    """Hold the file `path` until this process ends; refuse to work beside one that holds it."""
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{path}: another process is at work there; wait for it, or choose another place")
+    except ImportError:
+        pass
 
 
-def accuracy(net, x, y, epsilon, step_size, steps, batch_size=250):
-    """Clean and PGD accuracy in percent on uint8 images (CE, uniform start, last iterate; epsilon 0: no attack)."""
-    right = torch.zeros(2, device=x.device)
-    for images, labels in zip(x[RANK::WORLD].split(batch_size), y[RANK::WORLD].split(batch_size)):
-        x_adv = images = to_float(images)
-        if epsilon:
-            x_adv = pgd(net, images, lambda logits: F.cross_entropy(logits, labels), epsilon, step_size, steps,
-                        images + torch.empty_like(images).uniform_(-epsilon, epsilon))
-        with torch.no_grad():
-            clean = net(images).argmax(1) == labels
-            right += torch.stack([clean.sum(), (clean & (net(x_adv).argmax(1) == labels)).sum()])
-    return (100 * all_sum(right) / len(x)).tolist()
+def save(write, path):
+    """write(a temporary name), renamed when whole: `path` never holds half a file. Process 0."""
+    part = Path(f"{path}.tmp")
+    try:
+        if RANK == 0:
+            write(part)
+            os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink()
+        fail(f"{path}: not writable ({brief(error)}); is the folder there and not full?")
 
 
-def report(model, net, data, args, device):
-    """The end of a run: clean and PGD-20 test accuracy of best.pt and last.pt, examples.png, what to run next."""
-    barrier()  # the checkpoints are written
-    folder, epsilon, rows = Path(args.run_dir), args.epsilon or 8 / 255, {}
-    x, y = data.x_test.to(device), data.y_test.to(device)
-    say(f"\n| test accuracy | epoch | clean | PGD-20, epsilon {255 * epsilon:g}/255 |\n|---|---|---|---|")
-    names = [name for name in ("best.pt", "last.pt") if (folder / name).exists()]
-    for name in names:
-        state = torch.load(folder / name, map_location=device, weights_only=True)
-        if (epoch := state["epoch"]) not in rows:
-            model.load_state_dict(state["model"])
-            net.refresh()
-            start_epoch(1, 1, args.seed, 0)  # the same random starts for every table
-            rows[epoch] = accuracy(net, x, y, epsilon, 1 / 255, 20)
-        say(f"| {name} | {epoch} | {rows[epoch][0]:.2f} | {rows[epoch][1]:.2f} |")
-    x = to_float(x[:10])
-    x_adv = pgd(net, x, lambda logits: F.cross_entropy(logits, y[:10]), epsilon, 1 / 255, 20)
-    images = F.interpolate(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)]), scale_factor=4)
+def open_run(args, device):
+    """Take the run folder; with --resume return its last.pt, which alone says what run it is."""
+    last, state, old = Path(args.run_dir, "last.pt"), None, {}
+    try:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        if last.exists():
+            state = torch.load(last, map_location=device, weights_only=True)
+            old, _, _, _ = (state[k] for k in ("args", "optimizer", "history", "ema_adv"))
+    except Exception as error:  # whatever a damaged or foreign file or the file system raises
+        fail(f"{last}: not the last.pt of a run, or not to be read or written ({brief(error)}); "
+             "choose another --run-dir")
+    if state and not args.resume:
+        fail(f"{last.parent} already holds a run; add --resume, or choose another --run-dir")
+    local = ("resume", "run_dir", "data_dir", "device")
+    changed = [f"{name} was {old.get(name)}, is {value}" for name, value in vars(args).items()
+               if state and name not in local and old.get(name) != value]
+    if changed:
+        fail(f"--resume: {'; '.join(changed)}; give the same, or choose another --run-dir")
     if RANK == 0:
-        torchvision.utils.save_image(images, folder / "examples.png", nrow=10)
-    say(f"{folder}/examples.png: natural, adversarial, their difference times {1 / (2 * epsilon):.0f}\n"
-        f"next: python evaluate.py {folder / names[0]}")
+        lock(last.with_name("args.json"))
+        last.with_name("args.json").write_text(json.dumps(vars(args), indent=1))
+    return state
+
+
+def check_finite(model, terms, epoch):
+    """Stop before anything is saved if a term (its values by step) or a weight is not finite."""
+    for name, values in [*terms.items(), *model.state_dict().items()]:
+        if not values.isfinite().all():
+            what = f"the weight {name}"
+            if name in terms:
+                step = int((~values.isfinite()).nonzero()[0])
+                what = f"step {step + 1}: the term {name} is {values[step]:g}"
+            fail(f"epoch {epoch}, {what}: not finite; last.pt, if there is one, holds the epoch "
+                 "before; try a lower --lr or weight of the term, in another --run-dir")

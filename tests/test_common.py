@@ -162,7 +162,7 @@ class Linear(torch.nn.Module):
 
 
 def test_pgd_on_a_linear_model_walks_to_the_corner_of_the_box():
-    """The maximum of CE for class 0 is x + epsilon sign(w), reached in epsilon / step size steps."""
+    """CE of class 0 is highest at x + epsilon sign(w), reached in epsilon / step size steps."""
     w = torch.randn(3 * 4 * 4, generator=torch.Generator().manual_seed(0))
     x, sign = torch.full((1, 3, 4, 4), 0.5), w.view(1, 3, 4, 4).sign()
     for steps, distance in ((1, 0.02), (3, 0.06), (10, 0.1)):

@@ -34,6 +34,7 @@ from torchvision.models import resnet
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CPUINFO = Path("/proc/cpuinfo")
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -264,7 +265,7 @@ DATASETS = {
 
 def fingerprint(x, y):
     """Number, size and checksum of images and labels: whether two runs saw the same data."""
-    checksum = zlib.crc32(y.numpy(), zlib.crc32(x.contiguous().numpy()))
+    checksum = zlib.crc32(x.permute(0, 2, 3, 1).contiguous().numpy(), zlib.crc32(y.numpy()))
     return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
 
 
@@ -416,7 +417,7 @@ def live(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def setup(name):
+def setup(name, amp=False):
     """The torch.device of that name ("auto": CUDA if there is one); joins torchrun's processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -428,6 +429,8 @@ def setup(name):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
+    if amp and device.type == "cpu" and CPUINFO.exists() and "bf16" not in CPUINFO.read_text():
+        print0("note: this CPU has no bfloat16 instructions: --amp is slower than float32 here")
     if WORLD > 1:  # patient: process 0 may download
         dist.init_process_group(timeout=timedelta(hours=2))
     return device

@@ -160,7 +160,7 @@ def learning_rate(epoch, epochs, lr):
 
 def main():
     args = parse_args()
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.amp)
     data = common.load_data(args.dataset, args.data_dir)
     x_train, y_train, x_val, y_val = common.hold_out(data, args.val_size, device)
     n, m = len(x_train), args.batch_size // WORLD

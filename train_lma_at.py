@@ -250,8 +250,9 @@ def main():
     pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
     if RANK == 0:
         save_image(F.interpolate(pictures, scale_factor=4), folder / "examples.png", nrow=10)
+    option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(f"{folder}/examples.png: natural, adversarial, their difference\n"
-           f"next: python evaluate.py {quote(str(folder / name))} --epsilon {255 * epsilon:g}/255")
+           f"next: python evaluate.py {quote(str(folder / name))}{option}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
                     model.eval()
                     with torch.no_grad():
                         log_p_nat = F.log_softmax(model(x).to(x.dtype), 1)
+                    model.train()
                 x_adv = common.pgd(model, x, lambda logits: attack_loss(logits, y, log_p_nat, args),
                                    args.epsilon, args.step_size, args.steps)
             logits_nat = net(x).to(x.dtype)
@@ -259,8 +260,9 @@ def main():
     pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
     if RANK == 0:
         save_image(F.interpolate(pictures, scale_factor=4), folder / "examples.png", nrow=10)
+    option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(f"{folder}/examples.png: natural, adversarial, their difference\n"
-           f"next: python evaluate.py {quote(str(folder / name))} --epsilon {255 * epsilon:g}/255")
+           f"next: python evaluate.py {quote(str(folder / name))}{option}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import time
 import zlib
@@ -436,20 +435,16 @@ def setup(name, amp=False):
     return device
 
 
-def run(main, *resume):
-    """Call main(). Ctrl-C ends it with the command, this one and the options `resume`, that goes on
-    with it; a full memory or disk or a missing compiler ends it in one line."""
+def run(main, how):
+    """Call main(). Ctrl-C, a full memory or disk, a missing compiler end it in one line; `how` to
+    give the same command again so that it continues."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a sign that a terminal lacks is no error
     try:
         main()
     except KeyboardInterrupt:
-        again = shlex.join(sys.argv + [option for option in resume if option not in sys.argv])
-        launcher = "python"
-        if WORLD > 1:
-            launcher = f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']} --"
         with contextlib.suppress(BrokenPipeError):
-            print0(f"\ninterrupted; continue with: {launcher} {again}")
+            print0(f"\ninterrupted; the same command {how} continues it")
         os._exit(130)
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os._exit(141)

@@ -3,10 +3,10 @@
     python train_at_ours.py --dataset cifar10
     python train_at_ours.py --attack-loss ce --margin-weight 0 --beta 0  # vanilla AT (eq. 14)
 
-minimises  L' + CE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha)  where x' is found by PGD
-on L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of
-the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+minimises  L' + CE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha) where x' is found by PGD on
+L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of the
+natural logits. Defaults are the paper's (section 5.1); with --dataset shapes a demonstration for a
+CPU.
 """
 import csv
 import time
@@ -248,4 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

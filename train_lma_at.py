@@ -3,10 +3,10 @@
     python train_lma_at.py --dataset cifar10                       # one GPU (or a patient CPU)
     torchrun --nproc-per-node=4 train_lma_at.py --dataset cifar10  # four, the same batch in all
 
-minimises  L' + BCE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha)  where x' is found by PGD
-on L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of
-the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+minimises  L' + BCE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha) where x' is found by PGD on
+L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of the
+natural logits. Defaults are the paper's (section 5.1); with --dataset shapes a demonstration for a
+CPU.
 """
 import csv
 import time
@@ -256,4 +256,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

@@ -5,8 +5,8 @@
 
 minimises  L' + CE(p(x), y) + 1/lambda KL(p(x) || p(x')) + beta * mHuber(logit'_t, logit_t, alpha)
 where x' is found by PGD on L' + CE and logit'_t, logit_t are moving averages over the iterations of
-the adversarial and of the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+the adversarial and of the natural logits. Defaults are the paper's (section 5.1); with --dataset
+shapes a demonstration for a CPU.
 """
 import csv
 import time
@@ -266,4 +266,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

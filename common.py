@@ -431,7 +431,8 @@ def setup(name, amp=False):
     if amp and device.type == "cpu" and CPUINFO.exists() and "bf16" not in CPUINFO.read_text():
         print0("note: this CPU has no bfloat16 instructions: --amp is slower than float32 here")
     if WORLD > 1:  # patient: process 0 may download
-        dist.init_process_group(timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
 
 

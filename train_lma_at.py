@@ -3,10 +3,10 @@
     python train_lma_at.py --dataset cifar10                       # one GPU (or a patient CPU)
     torchrun --nproc-per-node=4 train_lma_at.py --dataset cifar10  # four, the same batch in all
 
-minimises  L' + BCE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha)  where x' is found by PGD
-on L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of
-the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+minimises  L' + BCE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha) where x' is found by PGD on
+L' + CE and logit'_t, logit_t are moving averages over the iterations of the adversarial and of the
+natural logits. Defaults are the paper's (section 5.1); with --dataset shapes a demonstration for a
+CPU.
 """
 import csv
 import time
@@ -160,7 +160,7 @@ def learning_rate(epoch, epochs, lr):
 
 def main():
     args = parse_args()
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.amp)
     data = common.load_data(args.dataset, args.data_dir)
     x_train, y_train, x_val, y_val = common.hold_out(data, args.val_size, device)
     n, m = len(x_train), args.batch_size // WORLD
@@ -250,9 +250,10 @@ def main():
     pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
     if RANK == 0:
         save_image(F.interpolate(pictures, scale_factor=4), folder / "examples.png", nrow=10)
+    option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(f"{folder}/examples.png: natural, adversarial, their difference\n"
-           f"next: python evaluate.py {quote(str(folder / name))} --epsilon {255 * epsilon:g}/255")
+           f"next: python evaluate.py {quote(str(folder / name))}{option}")
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

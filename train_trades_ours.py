@@ -5,8 +5,8 @@
 
 minimises  L' + CE(p(x), y) + 1/lambda KL(p(x) || p(x')) + beta * mHuber(logit'_t, logit_t, alpha)
 where x' is found by PGD on L' + CE and logit'_t, logit_t are moving averages over the iterations of
-the adversarial and of the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+the adversarial and of the natural logits. Defaults are the paper's (section 5.1); with --dataset
+shapes a demonstration for a CPU.
 """
 import csv
 import time
@@ -133,6 +133,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
                     model.eval()
                     with torch.no_grad():
                         log_p_nat = F.log_softmax(model(x).to(x.dtype), 1)
+                    model.train()
                 x_adv = common.pgd(model, x, lambda logits: attack_loss(logits, y, log_p_nat, args),
                                    args.epsilon, args.step_size, args.steps)
             logits_nat = net(x).to(x.dtype)
@@ -168,7 +169,7 @@ def learning_rate(epoch, epochs, lr):
 
 def main():
     args = parse_args()
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.amp)
     data = common.load_data(args.dataset, args.data_dir)
     x_train, y_train, x_val, y_val = common.hold_out(data, args.val_size, device)
     n, m = len(x_train), args.batch_size // WORLD
@@ -259,9 +260,10 @@ def main():
     pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
     if RANK == 0:
         save_image(F.interpolate(pictures, scale_factor=4), folder / "examples.png", nrow=10)
+    option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(f"{folder}/examples.png: natural, adversarial, their difference\n"
-           f"next: python evaluate.py {quote(str(folder / name))} --epsilon {255 * epsilon:g}/255")
+           f"next: python evaluate.py {quote(str(folder / name))}{option}")
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

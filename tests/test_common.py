@@ -555,3 +555,16 @@ def test_a_file_is_held_by_one_process_at_a_time(tmp_path, capsys):
     common.lock(tmp_path / "other.json")
     error = refused(capsys, common.lock, tmp_path / "args.json")
     assert "args.json" in error and "another process" in error
+
+
+@pytest.mark.parametrize("flags, slower", [("flags : avx512f amx_bf16 amx_tile", False),
+                                           ("Features : fp asimd bf16", False),
+                                           ("flags : sse2 avx avx2", True)])
+def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slower(flags, slower, tmp_path, monkeypatch,
+                                                            capsys):
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
+    common.setup("cpu", amp=True)
+    assert ("slower" in capsys.readouterr().out) == slower
+    common.setup("cpu")
+    assert not capsys.readouterr().out

@@ -42,6 +42,169 @@ def parse(script, options, monkeypatch):
     return script.parse_args()
 
 
+# --------------------------------------------------- two steps of Algorithm 1, written by hand
+
+class Network(torch.nn.Module):
+    """A convolution with batch norm, a linear layer; softplus has no kinks: nothing hangs by a
+    rounding but the signs of PGD."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn = torch.nn.BatchNorm2d(6)
+        self.fc = torch.nn.Linear(6, classes)
+
+    def forward(self, x):
+        return self.fc(F.softplus(3 * self.bn(self.conv(x))).mean((2, 3)))
+
+
+def hand_forward(w, x, train):
+    """The same in formulas; `w` is the state by name. Training mode moves the statistics."""
+    z, m = F.conv2d(x, w["conv.weight"], padding=1), x[:, 0].numel()
+    mean, var = w["bn.running_mean"], w["bn.running_var"]
+    if train:
+        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
+        w["bn.running_mean"] = 0.9 * w["bn.running_mean"] + 0.1 * mean.detach()
+        w["bn.running_var"] = 0.9 * w["bn.running_var"] + 0.1 * m / (m - 1) * var.detach()
+    mean, var, gamma, beta = (t.view(-1, 1, 1) for t in (mean, var, w["bn.weight"], w["bn.bias"]))
+    z = gamma * (z - mean) / (var + 1e-5).sqrt() + beta
+    return (1 + (3 * z).exp()).log().mean((2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+
+
+def hand_log_p(z):
+    return z - z.exp().sum(1, keepdim=True).log()
+
+
+def hand_ce(z, y):  # eq. 8
+    return -hand_log_p(z)[range(len(y)), y].mean()
+
+
+def hand_margin(z, y, o):  # eq. 13
+    violated = (z - z[range(len(y)), y][:, None] + o["delta"]).clamp(min=0) ** 2
+    others = torch.arange(z.shape[1]) != y[:, None]
+    total = (violated * others).sum(1).mean()
+    return total if o["reduction"] == "sum" else total / z.shape[1]
+
+
+def hand_kl(z_nat, z_adv):  # of each image
+    return (hand_log_p(z_nat).exp() * (hand_log_p(z_nat) - hand_log_p(z_adv))).sum(1)
+
+
+def hand_mhuber(u, v, alpha):  # section 3
+    d = (u - v).abs()
+    A = alpha ** 2 * (1 - (d / alpha).cos())
+    B = alpha * d + (1 - math.pi / 2) * alpha ** 2
+    return torch.where(d / alpha <= math.pi / 2, A, B).mean()
+
+
+def hand_steps(script, w, steps, past_adv, past_nat, o):
+    """Algorithm 1 (and Table 1) over (x, y, rows). Returns state, moving averages and losses after
+    it. f(x) is computed before f(x'), which shows in batch norm's statistics alone."""
+    weights = [name for name in w if "running" not in name]
+    velocity, losses = {}, []
+    for x, y, rows in steps:
+        x_adv, z_nat = x, hand_forward(w, x, train=False)
+        if o["epsilon"]:
+            x_adv = x + 0.001 * torch.randn(x.shape, dtype=x.dtype)
+        for _ in range(o["steps"] if o["epsilon"] else 0):
+            x_adv.requires_grad_()
+            z = hand_forward(w, x_adv, train=False)
+            loss = hand_kl(z_nat, z).mean()
+            if o["attack"] != "kl":
+                loss = hand_ce(z, y)
+            if o["attack"] == "margin+ce":
+                loss = hand_margin(z, y, o) + loss
+            g, = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + o["step_size"] * g.sign()
+            x_adv = torch.minimum(torch.maximum(x_adv, x - o["epsilon"]), x + o["epsilon"])
+            x_adv = x_adv.clamp(0, 1)
+
+        for name in weights:
+            w[name] = w[name].detach().requires_grad_()
+        if o["beta"] or o["kl"]:
+            z_nat = hand_forward(w, x, train=True)
+        z_adv = hand_forward(w, x_adv, train=True)
+        loss = o["margin_weight"] * hand_margin(z_adv, y, o)
+        if o["beta"]:
+            at = rows if o["ema"] == "image" else range(len(y))
+            ema_adv = o["tau"] * past_adv[at] + (1 - o["tau"]) * z_adv
+            ema_nat = o["tau"] * past_nat[at] + (1 - o["tau"]) * z_nat
+            past_adv[at], past_nat[at] = ema_adv.detach(), ema_nat.detach()
+            loss = loss + o["beta"] * hand_mhuber(ema_adv, ema_nat, o["alpha"])
+        if script is train_at_ours:  # eq. 15
+            loss = loss + hand_ce(z_adv, y)
+        elif script is train_trades_ours:  # eq. 17
+            loss = loss + hand_ce(z_nat, y) + o["kl"] * hand_kl(z_nat, z_adv).mean()
+        else:  # eq. 18, Table 1: BCE (eq. 7)
+            p = hand_log_p(z_adv).exp()
+            p_k = p.masked_fill(torch.arange(p.shape[1]) == y[:, None], 0).amax(1)
+            loss = loss + hand_ce(z_adv, y) - (1 - p_k).log().mean()
+        if script is train_mart_ours:
+            p_y = hand_log_p(z_nat).exp()[range(len(y)), y]
+            loss = loss + o["kl"] * (hand_kl(z_nat, z_adv) * (1 - p_y)).mean()
+        for name, g in zip(weights, torch.autograd.grad(loss, [w[name] for name in weights])):
+            g = g + o["weight_decay"] * w[name].detach()
+            velocity[name] = g + (0.9 * velocity[name] if name in velocity else 0)
+            w[name] = w[name].detach() - o["lr"] * velocity[name]
+        losses.append(loss.detach())
+    return w, past_adv, past_nat, losses
+
+
+# options of a case beyond the shared ones; what they change in the hand's settings
+CASES = {
+    "": {}, "--tau 0.7": {"tau": 0.7}, "--tau 0": {"tau": 0},
+    "--ema image": {"ema": "image"}, "--ema image --tau 0.7": {"ema": "image", "tau": 0.7},
+    "--margin-weight 0": {"margin_weight": 0}, "--margin-weight 2.5": {"margin_weight": 2.5},
+    "--margin-reduction sum --delta 1.7": {"reduction": "sum", "delta": 1.7},
+    "--beta 0": {"beta": 0}, "--beta 0 --margin-weight 0": {"beta": 0, "margin_weight": 0},
+    "--attack-loss ce": {"attack": "ce"}, "--epsilon 0": {"epsilon": 0},
+    "--alpha 5": {"alpha": 5}, "--weight-decay 0": {"weight_decay": 0}}
+OWN = {train_trades_ours: {"--attack-loss kl": {"attack": "kl"}, "--inv-lambda 0": {"kl": 0},
+                           "--inv-lambda 2.5 --tau 0.7": {"kl": 2.5, "tau": 0.7},
+                           "--attack-loss kl --beta 0 --margin-weight 0":
+                               {"attack": "kl", "beta": 0, "margin_weight": 0}},
+       train_mart_ours: {"--lambda 2.5 --tau 0.7": {"kl": 2.5, "tau": 0.7}, "--lambda 0": {"kl": 0},
+                         "--lambda 0 --beta 0": {"kl": 0, "beta": 0}}}
+HAND = [(script, options) for script in SCRIPTS for options in (CASES | OWN.get(script, {}))]
+
+
+@pytest.mark.parametrize("script, options", HAND)
+def test_two_steps_are_algorithm_1_written_by_hand(script, options, monkeypatch):
+    """In float64, from moving averages that are not zero: weights, statistics, moving averages and
+    losses after two steps of train_epoch equal those of hand_steps to 1e-9."""
+    shared = ("--epsilon 0.1 --step-size 0.03 --steps 5 --beta 7 --alpha 0.4 --delta 0.6"
+              " --margin-weight 0.8 --lr 0.2 --weight-decay 0.05")
+    args = parse(script, f"{shared} {options}", monkeypatch)
+    o = {"epsilon": 0.1, "step_size": 0.03, "steps": 5, "beta": 7, "alpha": 0.4, "delta": 0.6,
+         "margin_weight": 0.8, "lr": 0.2, "weight_decay": 0.05, "tau": 0.2, "ema": "slot",
+         "reduction": "mean", "attack": "margin+ce",
+         "kl": {train_trades_ours: 6, train_mart_ours: 5}.get(script, 0)}
+    o |= (CASES | OWN.get(script, {}))[options]
+
+    torch.manual_seed(0)
+    model = Network().double()
+    torch.nn.init.uniform_(model.bn.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(model.bn.bias, -0.5, 0.5)
+    model(torch.rand(20, 3, 8, 7).double())  # statistics of its own
+    past_adv, past_nat = torch.randn(2, 10 if o["ema"] == "image" else 6, 5).double()
+    x, y = torch.rand(2, 6, 3, 8, 7).double(), torch.randint(5, (2, 6))
+    rows = torch.tensor([[3, 1, 4, 0, 5, 9], [2, 6, 5, 3, 8, 7]])
+    steps = list(zip(x, y, rows))
+
+    state = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+    torch.manual_seed(1)
+    w, ema_adv, ema_nat, losses = hand_steps(script, state, steps, past_adv.clone(),
+                                             past_nat.clone(), o)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay)
+    torch.manual_seed(1)
+    log = script.train_epoch(model, model, optimizer, iter(steps), past_adv, past_nat, args)
+    for name, t in w.items():
+        assert torch.allclose(model.state_dict()[name], t, rtol=0, atol=1e-9), name
+    assert torch.allclose(past_adv, ema_adv, atol=1e-9)
+    assert torch.allclose(past_nat, ema_nat, atol=1e-9)
+    assert torch.allclose(sum(log.values()), torch.stack(losses), atol=1e-9)
+
+
 # ----------------------------------------------------------------------------- the batch loop
 
 def prepare(script, options, monkeypatch, device="cpu", images=24):
@@ -351,6 +514,79 @@ def test_without_validation_there_is_no_best(images, tmp_path, monkeypatch):
     options = "--epochs 1 --val-size 0 --resume"
     call(train_at_ours, f"{small(images, tmp_path / 'run')} {options}", monkeypatch)
     assert (tmp_path / "run/last.pt").exists() and not (tmp_path / "run/best.pt").exists()
+
+
+# ------------------------------------------------------------------ what main() gives the loop
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_main_trains_and_chooses_as_section_5_1_says(script, tmp_path, monkeypatch, capsys):
+    """The loop and the accuracies are played, and record what they are given: weights that follow
+    from the seed; SGD over all of them with momentum, weight decay and each epoch's learning rate;
+    moving averages from zero that stay over the epochs; augmented batches of the training images
+    alone in an order of their own each epoch; PGD-10 on the held-out images, which alone chooses
+    best.pt; PGD-20 at 1/255 on the test images, once for each checkpoint."""
+    x = torch.arange(1, 61).byte().view(-1, 1, 1, 1).repeat(1, 3, 16, 16)  # image i is all i
+    data = common.Data(x[:40], torch.arange(40) % 4, x[40:], torch.arange(20) % 4, list("abcd"))
+    epochs, tested, compiled = [], [], []
+    # validation: clean and PGD-10; then the test of last.pt and best.pt
+    scores = [(50, 20), (40, 30), (60, 25), (70, 30), *[(80, 10)] * 9, (1, 2), (3, 4)]
+
+    def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
+        assert net is model and past_adv is not past_nat
+        assert past_adv.shape == past_nat.shape == (8, 4)
+        assert (past_adv == len(epochs)).all() and (past_nat == -len(epochs)).all()
+        past_adv += 1
+        past_nat -= 1
+        group, = optimizer.param_groups
+        assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+        if not epochs:
+            torch.manual_seed(7)
+            fresh = common.make_model("wrn-10-1", 4).state_dict()
+            assert all(torch.equal(v, fresh[k]) for k, v in model.state_dict().items())
+        epochs.append((group.copy(), list(batches)))
+        model.fc.bias.data.fill_(len(epochs))
+        return {"BCE": torch.ones(4)}
+
+    def accuracy(model, x, y, epsilon, step_size, steps, batch_size, amp=False, text=""):
+        tested.append((x[:, 0, 0, 0].tolist(), y.tolist(), epsilon, step_size, steps, amp,
+                       model.fc.bias[0].item()))
+        return scores[len(tested) - 1]
+    monkeypatch.setattr(common, "load_data", lambda *_: data)
+    monkeypatch.setattr(common, "accuracy", accuracy)
+    monkeypatch.setattr(script, "train_epoch", train_epoch)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
+    call(script, "--dataset folder --arch wrn-10-1 --epochs 13 --batch-size 8 --lr 0.1 --val-size 8"
+         " --weight-decay 0.02 --epsilon 6/255 --seed 7 --device cpu --amp --compile --run-dir "
+         f"{tmp_path}", monkeypatch)
+
+    rates = [group["lr"] for group, _ in epochs]
+    assert rates == pytest.approx([0.1] * 8 + [0.01] + [0.001] * 4) and len(compiled) == 1
+    for group, _ in epochs:
+        assert (group["momentum"], group["weight_decay"]) == (0.9, 0.02)
+        assert not group["nesterov"] and group["dampening"] == 0
+
+    x_train, y_train, x_val, y_val = common.hold_out(data, 8, "cpu")
+    val = x_val[:, 0, 0, 0].tolist()
+    for epoch, (_, batches) in enumerate(epochs, 1):
+        images = torch.cat([x for x, _, _ in batches])
+        rows = torch.cat([rows for _, _, rows in batches])
+        brightest = (255 * images.amax((1, 2, 3))).round().long().tolist()
+        assert sorted(brightest + val) == list(range(1, 41))
+        assert brightest == x_train[rows, 0, 0, 0].tolist()
+        assert torch.equal(torch.cat([y for _, y, _ in batches]), y_train[rows])
+        assert (images.amin((1, 2, 3)) == 0).sum() > 20  # cropped with the padding
+        expected = common.shuffled_batches(x_train, y_train, 8, 7, epoch)
+        assert torch.equal(rows, torch.cat([rows for _, _, rows in expected]))
+
+    assert tested[:13] == [(val, y_val.tolist(), 6 / 255, 1.5 / 255, 10, True, epoch)
+                           for epoch in range(1, 14)]
+    assert tested[13:] == [(list(range(41, 61)), data.y_test.tolist(), 6 / 255, 1 / 255, 20, True,
+                            epoch) for epoch in (13, 2)]
+    state = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert state["epoch"] == 2 and (state["model"]["fc.bias"] == 2).all()
+    out = capsys.readouterr().out
+    assert "last.pt: epoch 13, test accuracy 1.00 % clean, 2.00 % PGD-20, epsilon 6/255" in out
+    assert "best.pt: epoch 2, test accuracy 3.00 % clean, 4.00 % PGD-20" in out
 
 
 # -------------------------------------------------------------------------------- what is refused

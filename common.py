@@ -188,9 +188,9 @@ def folder(root):
         if labels & set(classes):
             break
     if len(classes) < 2 or labels != set(classes):
-        differ = sorted(labels ^ set(classes))[:5]
-        raise ValueError("it needs train/ and test/ (or val/), in each a folder of images for each of "
-                         f"two or more classes; train/ has {classes[:5]}, {split}/ not: {differ}")
+        raise ValueError(f"train/ has the classes {classes[:5]}, {split}/ lacks or adds "
+                         f"{sorted(labels ^ set(classes))[:5]}; both need the same two or more, "
+                         "in folders train/ and test/ (or val/) with a folder of images for each")
     return Data(*read_images(train, classes), *read_images(test, classes), classes)
 
 

@@ -140,7 +140,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
 
 
 def learning_rate(epoch, epochs, lr):
-    """A tenth from the 75th of 130 epochs on, again from the 90th (section 5.1); so too of others."""
+    """A tenth from the 75th of 130 epochs on, again from the 90th (section 5.1)."""
     done = (epoch - 1) / epochs
     if done >= 89 / 130:
         return lr / 100

@@ -15,7 +15,6 @@ import time
 import zlib
 from collections import namedtuple
 from datetime import timedelta
-from fractions import Fraction
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -132,14 +131,16 @@ Data = namedtuple("Data", "x_train y_train x_test y_test classes")
 
 def load_data(name, data_dir):
     """The data set `name` (of DATASETS), downloaded into or read from `data_dir`."""
-    data_dir = Path(data_dir)
+    data_dir = Path(data_dir).resolve()
     if RANK > 0:
         barrier()  # process 0 downloads, the others then find the files
     try:
         data = DATASETS[name](data_dir)
+    except BrokenPipeError:  # of a note
+        raise
     except Exception as error:  # a broken file makes its reader raise anything
         network = "connect to the internet, " if isinstance(error, OSError) else ""
-        fail(f"--dataset {name} in {data_dir.resolve()}: {brief(error)}; {network}put the files "
+        fail(f"--dataset {name} in {data_dir}: {brief(error)}; {network}put the files "
              "there, or take --dataset shapes, which needs none")
     if RANK == 0:
         barrier()
@@ -175,7 +176,7 @@ def folder(root):
     """train/ and test/ (or val/, if test/ has no labels): in each a folder of images per class.
     val/ may have its labels in val_annotations.txt instead, as Tiny ImageNet's has."""
     train = list_images(root / "train")
-    classes, differ = sorted({label for _, label in train}), {}
+    classes = sorted({label for _, label in train})
     for split in ("test", "val"):
         test = list_images(root / split)
         table = root / split / "val_annotations.txt"
@@ -183,11 +184,14 @@ def folder(root):
             rows = [line.split("\t") for line in table.read_text().splitlines() if "\t" in line]
             label_of = {row[0]: row[1] for row in rows}
             test = [(path, label_of.get(path.name, "")) for path, _ in test]
-        differ[split] = sorted({label for _, label in test} ^ set(classes))[:5]
-        if len(classes) > 1 and not differ[split]:
-            return Data(*read_images(train, classes), *read_images(test, classes), classes)
-    raise ValueError("it needs train/ and test/ (or val/), in each a folder of images for each of "
-                     f"two or more classes; train/ has {classes[:5]}, the others lack {differ}")
+        labels = {label for _, label in test}
+        if labels & set(classes):
+            break
+    if len(classes) < 2 or labels != set(classes):
+        raise ValueError(f"train/ has the classes {classes[:5]}, {split}/ lacks or adds "
+                         f"{sorted(labels ^ set(classes))[:5]}; both need the same two or more, "
+                         "in folders train/ and test/ (or val/) with a folder of images for each")
+    return Data(*read_images(train, classes), *read_images(test, classes), classes)
 
 
 def list_images(root):
@@ -372,7 +376,8 @@ def number(low, high=10 ** 6, kind=float):
     """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
     def parse(text):
         try:
-            value = int(text) if kind is int else float(Fraction(text))
+            top, _, bottom = text.partition("/")
+            value = int(text) if kind is int else float(top) / float(bottom or 1)
         except (ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 100 or 8/255")
         if not low <= value <= high:
@@ -386,8 +391,8 @@ print0 = partial(print, flush=True) if RANK == 0 else lambda *_: None
 
 
 def brief(error):
-    """The first line of an exception's text."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    """The beginning of an exception's text, in one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def fail(message):
@@ -510,9 +515,12 @@ def open_run(args, device):
     last, state, old = Path(args.run_dir, "last.pt"), None, vars(args)
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            lock(last.with_name("args.json"))
         if last.exists():
             state = torch.load(last, map_location=device, weights_only=True)
-            old, _, _, _ = (state[k] for k in ("args", "optimizer", "history", "ema_adv"))
+            old = dict(state["args"])
+            state["model"], state["optimizer"], state["history"], state["ema_adv"], state["ema_nat"]
     except Exception as error:  # whatever a damaged or foreign file or the file system raises
         fail(f"{last}: not the last.pt of a run, or not to be read or written ({brief(error)}); "
              "choose another --run-dir")
@@ -524,7 +532,6 @@ def open_run(args, device):
     if changed:
         fail(f"--resume: {'; '.join(changed)}; give the same, or choose another --run-dir")
     if RANK == 0:
-        lock(last.with_name("args.json"))
         last.with_name("args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 

@@ -293,10 +293,10 @@ def cifar(name, path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, batches", [("cifar10", 5), ("cifar100", 1)])
-@pytest.mark.parametrize("place", ["archive", "folder", "the folder of batches itself"])
+@pytest.mark.parametrize("place", ["archive", "folder", "the folder of batches itself", "."])
 def test_cifar_from_its_archive_and_its_folder(name, batches, place, tmp_path, monkeypatch,
                                                no_network):
-    """--data-dir may hold the archive or its folder, or be that folder."""
+    """--data-dir may hold the archive or its folder, or be that folder (also as ".")."""
     kind, base = cifar(name, tmp_path, monkeypatch)
     data_dir = tmp_path
     if place == "archive":
@@ -306,6 +306,9 @@ def test_cifar_from_its_archive_and_its_folder(name, batches, place, tmp_path, m
         md5 = hashlib.md5(archive.read_bytes()).hexdigest()
         monkeypatch.setattr(kind, "tgz_md5", md5)
         shutil.rmtree(base)
+    elif place == ".":
+        monkeypatch.chdir(base)
+        data_dir = "."
     elif place != "folder":
         data_dir = base
     data = common.load_data(name, data_dir)
@@ -485,6 +488,13 @@ def one_class(path):
     image_folder(path, classes=1)
 
 
+def class_missing(path):
+    """A val/ that has it is not taken instead."""
+    image_folder(path)
+    image_folder(path, "val")
+    shutil.rmtree(path / "test" / "class2")
+
+
 def unlabelled_alone(path):
     image_folder(path, "val")
     (path / "val").rename(path / "test")
@@ -498,7 +508,7 @@ def unlabelled_alone(path):
     ("folder", broken_image, "0.png is not a readable image", False),
     ("folder", sixteen_bits, "of 8 bits", False), ("folder", two_sizes, "9.png", False),
     ("folder", other_classes, "class9", False), ("folder", one_class, "two or more", False),
-    ("folder", unlabelled_alone, "unknown0", False)])
+    ("folder", class_missing, "class2", False), ("folder", unlabelled_alone, "class0", False)])
 def test_missing_and_broken_data_end_in_one_line(name, spoil, words, network, tmp_path, capsys,
                                                  no_network):
     """What is missing, where it was looked for, what to do; the network only if it was tried."""
@@ -527,9 +537,10 @@ def test_numbers_are_typed_as_fractions_or_decimals():
     assert common.number(1, kind=int)("130") == 130
     for text, kind, words in (
             ("8", float, "did you mean 8/255"), ("eight", float, "not a number"),
-            ("1/0", float, "not a number"), ("nan", float, "not a number"),
-            ("inf", float, "not a number"), ("-1/255", float, "not from 0 to 1"),
-            ("1e39", float, "not from 0 to 1"), ("2.5", int, "not a number")):
+            ("1/0", float, "not a number"), ("8/2/55", float, "not a number"),
+            ("nan", float, "not from 0 to 1"), ("inf", float, "not from 0 to 1"),
+            ("-1/255", float, "not from 0 to 1"), ("1e39", float, "not from 0 to 1"),
+            ("1e999999999", float, "not from 0 to 1"), ("2.5", int, "not a number")):
         with pytest.raises(ArgumentTypeError, match=words):
             common.number(0, 1, kind)(text)
 

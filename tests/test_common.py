@@ -150,13 +150,14 @@ def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
 
 
 class Linear(torch.nn.Module):
-    """Two logits, 0 and w x; keeps what it was given."""
+    """Two logits, 0 and w x; keeps what it was given, and is attacked and scored in eval mode."""
 
     def __init__(self, w):
         super().__init__()
         self.w, self.seen = w, []
 
     def forward(self, x):
+        assert not self.training
         self.seen.append(x.detach())
         return torch.stack([0 * x.flatten(1) @ self.w, x.flatten(1) @ self.w], 1)
 
@@ -183,7 +184,7 @@ def test_pgd_starts_as_algorithm_1():
 
 def test_accuracy_attacks_with_what_it_is_told():
     """Clean and PGD accuracy of a linear model whose images stand 6/255 from the boundary: 8/255
-    breaks all of them in 16 steps of 1/255, and none in 2, whatever the start; 4/255 none."""
+    breaks all of them in 16 steps of 1/255, and none in 2; 4/255 none. The start is uniform."""
     w = torch.cat([torch.ones(24), -torch.ones(24)])
     x = 128 + torch.tensor([12, 12, 12, 0, 0, 0]).view(-1, 1) * (w > 0)
     x = x + torch.tensor([0, 0, 0, 12, 12, 12]).view(-1, 1) * (w < 0)
@@ -191,8 +192,25 @@ def test_accuracy_attacks_with_what_it_is_told():
     clean = 100 * 5 / 6
     for epsilon, steps, robust in ((8 / 255, 16, 0), (8 / 255, 2, clean), (4 / 255, 16, clean),
                                    (0, 16, clean)):
-        found = common.accuracy(Linear(w), x, y, epsilon, 1 / 255, steps, batch_size=4)
+        model = Linear(w)
+        found = common.accuracy(model, x, y, epsilon, 1 / 255, steps, batch_size=4)
         assert found == pytest.approx([clean, robust])
+        start = 255 * model.seen[0] - x[:4]
+        assert start.abs().max() <= 255 * epsilon + 1e-3
+        assert start.std() == pytest.approx(255 * epsilon / 3 ** 0.5, rel=0.2)
+
+
+class WrongUnlessNoisy(torch.nn.Module):
+    """Takes images of whole 255ths for class 0, all others for class 1."""
+
+    def forward(self, x):
+        noise = (255 * x - (255 * x).round()).abs().flatten(1).amax(1)
+        return torch.stack([0.1 - noise, 0 * noise], 1)
+
+
+def test_an_image_that_is_wrong_before_the_attack_is_not_robust():
+    x, y = torch.full((4, 3, 4, 4), 99, dtype=torch.uint8), torch.ones(4, dtype=torch.int64)
+    assert common.accuracy(WrongUnlessNoisy(), x, y, 0.1, 1e-4, 2, batch_size=4) == [0, 0]
 
 
 # ------------------------------------------------------------------------------------- batches

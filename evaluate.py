@@ -322,7 +322,7 @@ TOGETHER = 4  # times Passes.rows are attacked together: as images fall, passes 
 
 
 # ------------------------------ the paper's numbers, the checkpoint
-# Tables 2 to 8 and 10 (A, B), columns as in COLUMNS; - where the paper has none
+# Tables 2 to 8 and 10 (A, B), columns as in COLUMNS
 PAPER = """
 cifar10 resnet18
 vanillaAT        85.80 57.87 52.05 49.28 51.08 46.62 55.69 56.17
@@ -397,7 +397,8 @@ METHODS = {
 
 
 def paper_method(args):
-    """The paper's name for what a checkpoint of ours was trained with; None if it has no row."""
+    """The paper's name for what a checkpoint of ours was trained with and which settings are not
+    the paper's; None if it has no row."""
     alpha, beta, tau = 5.345, 86, args["tau"]  # section 5.1
     if args["dataset"] in ("cifar100", "tinyimagenet"):
         beta = 96
@@ -407,11 +408,16 @@ def paper_method(args):
         alpha = 2.345
     if not args["beta"]:  # no mHuber
         beta, tau = 0, None
-    wanted = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10, "delta": 0.9, "beta": beta,
-              "margin_reduction": "mean", "alpha": alpha, "inv_lambda": 6, "lam": 5}
-    if any(args.get(name, value) != value for name, value in wanted.items()):
-        return None
-    return METHODS.get((args["method"], args["attack_loss"], args["margin_weight"], tau))
+    wanted = {"epochs": 130, "lr": 0.01, "weight_decay": 3.5e-3, "batch_size": 100, "amp": False,
+              "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10, "delta": 0.9, "ema": "slot",
+              "margin_reduction": "mean", "alpha": alpha, "beta": beta, "inv_lambda": 6, "lam": 5,
+              "val_size": min(args.get("val_size", 0), 1000)}  # ours by default: 1000 of 50,000
+    differ = [f"{name} {str(args[name])[:6]} ({str(value)[:6]})" for name, value in wanted.items()
+              if args.get(name, value) != value]
+    name = METHODS.get((args["method"], args["attack_loss"], args["margin_weight"], tau))
+    if name and differ:
+        name += f", settings differ: {', '.join(differ)}"
+    return name
 
 
 def read_checkpoint(path):
@@ -656,11 +662,13 @@ def figure1(path, natural, e):
     bins, counts = min(10, e.classes - 1), {}
     names = ["2nd", "3rd", *(f"{k}th" for k in range(4, 11)), "11th and later"]
     for name in ("PGD-20", "CW"):
-        turned = (e.robust("Clean") & ~e.robust(name)).nonzero()[:, 0]
-        x, y, _ = e.batch(turned, name)
+        # open: the paper counts every misclassified x'; an image that is wrong before the attack,
+        # which attacks pass over, is such an x' itself and is counted with the class it has
+        found = torch.where(e.robust("Clean"), e.prediction[name], e.prediction["Clean"])
+        rows = (found != e.label).nonzero()[:, 0]
+        x, y, _ = e.batch(rows, name)
         logits = logits_of(natural, x).scatter(1, y[:, None], -torch.inf)
-        wrong = e.prediction[name][turned].to(e.device)
-        rank = (logits > logits.gather(1, wrong[:, None])).sum(1)
+        rank = (logits > logits.gather(1, found[rows, None].to(e.device))).sum(1)
         counts[name] = rank.clamp(max=bins - 1).bincount(minlength=bins).tolist()
         print(f"{name}, rank of the wrong class: {dict(zip(names, counts[name]))}")
     picture = Image.new("RGB", (920, 480), "white")
@@ -704,14 +712,14 @@ def parse_args():
         fail("--out: takes the results of one checkpoint; leave it out")
     if args.figure1 and not ({"PGD-20", "CW"} <= set(args.attacks)
                              and Path(args.figure1[1]).parent.is_dir()):
-        fail("--figure1: needs PGD-20 and CW among --attacks, and for OUT.png a folder that exists")
+        fail("--figure1: needs PGD-20 and CW among --attacks, and the folder of OUT.png")
     return args
 
 
 def main():
     args = parse_args()
     device = common.setup(args.device)
-    torch.backends.cudnn.benchmark = False  # a search for each size of a batch would cost more
+    torch.backends.cudnn.benchmark = False  # batches vary in size
     PASSES.rows = args.batch_size or (512 if device.type == "cuda" else 64)
     group, load_data = None, cache(common.load_data)
     if WORLD > 1:  # all processes, and patient

@@ -667,19 +667,33 @@ def test_several_seeds_and_the_papers_row():
 
 
 def test_paper_method(checkpoint):
-    """A checkpoint has a row of the paper if its settings are those of section 5.1."""
-    lma = torch.load(checkpoint, weights_only=True)["args"]
-    assert evaluate.paper_method(lma) == "LMA-AT(Ours)"
-    cifar100 = lma | {"dataset": "cifar100", "arch": "resnet18", "alpha": 5.345, "beta": 96}
-    method = evaluate.paper_method(cifar100 | {"tau": 0.9})
-    assert ("cifar100", "resnet18", method) in evaluate.paper_rows()
-    for other in ({"epsilon": 0}, {"epsilon": 4 / 255}, {"beta": 1}, {"delta": 0.1}, {"alpha": 1},
-                  {"margin_reduction": "sum"}):
-        assert evaluate.paper_method(lma | other) is None
+    """A checkpoint is compared with the paper's row if its settings are those of section 5.1; else
+    its name says which differ."""
+    shapes = torch.load(checkpoint, weights_only=True)["args"]
+    assert evaluate.paper_method(shapes) == ("LMA-AT(Ours), settings differ: epochs 3 (130), "
+                                             "lr 0.05 (0.01), batch_size 50 (100)")
+    lma = shapes | {"epochs": 130, "lr": 0.01, "batch_size": 100, "val_size": 1000}
+    rows = evaluate.paper_rows()
+    for dataset, arch, alpha, beta, tau in (
+            ("cifar10", "resnet18", 5.345, 86, 0.2), ("cifar10", "wrn-34-10", 2.345, 86, 0.2),
+            ("cifar100", "resnet18", 5.345, 96, 0.9), ("tinyimagenet", "resnet18", 6.345, 96, 0.2)):
+        args = {"dataset": dataset, "arch": arch, "alpha": alpha, "beta": beta, "tau": tau}
+        assert (dataset, arch, evaluate.paper_method(lma | args)) in rows
+        method = evaluate.paper_method(lma | args | {"alpha": 1})
+        assert (dataset, arch, method) not in rows
+    for other in ({"epsilon": 0}, {"epsilon": 4 / 255}, {"step_size": 0.1}, {"steps": 7},
+                  {"beta": 1}, {"delta": 0.1}, {"alpha": 1}, {"margin_reduction": "sum"},
+                  {"epochs": 1}, {"lr": 0.5}, {"weight_decay": 0}, {"batch_size": 500},
+                  {"amp": True}, {"val_size": 5000}, {"ema": "image"}):
+        method = evaluate.paper_method(lma | other)
+        assert method.startswith(f"LMA-AT(Ours), settings differ: {list(other)[0]} "), other
+        assert method.count("(") == 2 and ("cifar10", "resnet18", method) not in rows
+    for held_out in ({"val_size": 0}, {"val_size": 1000}):
+        assert evaluate.paper_method(lma | held_out) == "LMA-AT(Ours)"
     plain = {"method": "trades_ours", "attack_loss": "kl", "margin_weight": 0, "beta": 0}
     plain = lma | plain | {"inv_lambda": 6}
     assert evaluate.paper_method(plain) == "TRADES"
-    assert evaluate.paper_method(plain | {"inv_lambda": 1}) is None
+    assert "inv_lambda 1 (6)" in evaluate.paper_method(plain | {"inv_lambda": 1})
     assert evaluate.paper_method(plain | {"attack_loss": "ce"}) is None
 
 
@@ -698,8 +712,9 @@ def test_only_seeds_of_one_setting_on_one_data_set_are_averaged(checkpoint, shap
     paths = [*(tmp_path / name / "best.pt" for name in runs), tmp_path / "foreign.pt"]
     _, text, _ = start(monkeypatch, capsys, *paths, "--attacks", "FGSM", "--n", 30,
                        "--dataset", "shapes", "--arch", "wrn-10-1")
-    assert text.count("mean of") == 1 and "| LMA-AT(Ours), mean of 2 |" in text
-    assert "| ? (" in text and "| lma_at (" in text
+    assert text.count("mean of") == 1
+    assert "| LMA-AT(Ours), settings differ: epochs 3 (130), " in text.split(", mean of 2 |")[0]
+    assert "| ? (" in text and "beta 1 (86) (" in text
     files = [path.with_name(f"{path.stem}.shapes.n30.eval.json") for path in paths]
     found = [json.loads(file.read_text())["accuracy"]["Clean"] for file in files]
     assert found[0] == found[1] == found[2] == found[4] != found[3]
@@ -752,8 +767,8 @@ def test_settings_never_meet(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_figure1(checkpoint, shapes, tmp_path, monkeypatch, capsys):
-    """For every image turned over, the rank of its wrong class among the natural model's wrong ones
-    is counted and drawn."""
+    """For every misclassified x', those wrong before the attack among them, the rank of its class
+    among the natural model's wrong ones is counted and drawn."""
     out = tmp_path / "r.json"
     status, text, _ = start(monkeypatch, capsys, checkpoint, "--n", 60, "--attacks", "PGD-20", "CW",
                             "--out", out, "--figure1", checkpoint, tmp_path / "f.png")
@@ -767,11 +782,14 @@ def test_figure1(checkpoint, shapes, tmp_path, monkeypatch, capsys):
     assert counts.keys() == {"PGD-20", "CW"}
     for name, row in counts.items():
         expected = [0] * 9
-        for z, wrong, y in zip(logits, found["prediction"][name], found["label"]):
-            if wrong not in (y, -1):
+        clean = found["prediction"]["Clean"]
+        for z, x_adv, x, y in zip(logits, found["prediction"][name], clean, found["label"]):
+            wrong = x_adv if x == y else x
+            if wrong != y:
                 order = [c for c in z.argsort(descending=True).tolist() if c != y]
                 expected[order.index(wrong)] += 1
-        assert list(row.values()) == expected and sum(expected) > 0
+        assert list(row.values()) == expected
+        assert sum(expected) > sum(x != y for x, y in zip(clean, found["label"])) > 0
         assert list(row)[:3] == ["2nd", "3rd", "4th"]
     assert status == 0 and (tmp_path / "f.png").stat().st_size > 5000
 

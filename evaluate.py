@@ -292,11 +292,14 @@ def spsa(model, x, y, epsilon, generators, steps=20, samples=100, delta=0.001, l
     mean of (f(x + delta v) - f(x - delta v)) / (2 delta) v over random sign vectors v."""
     low, high = box(x, epsilon)
     s = Active(x, x, y=y, low=low, high=high, mean=torch.zeros_like(x), var=torch.zeros_like(x))
+    bits = torch.arange(8, dtype=torch.uint8, device=x.device).view(8, 1, 1, 1)
+    size = (-(-samples // 8), 1, *x.shape[1:])  # of random bytes, 8 signs from each
     for k in range(1, steps + 1):
         s.grad = torch.empty_like(s.z)
         for i, row in enumerate(s.rows.tolist()):
-            u = uniform(generators[row:row + 1], samples, *x.shape[1:])[0]
-            v = torch.where(u < 0.5, -1.0, 1.0)
+            octets = torch.empty(size, dtype=torch.uint8, device=x.device)
+            octets.random_(generator=generators[row])
+            v = (octets >> bits & 1).flatten(0, 1)[:samples] * 2.0 - 1
             f = logits_of(model, torch.cat([s.z[i] + delta * v, s.z[i] - delta * v]))
             ahead, behind = margin(f, s.y[i].expand(2 * samples)).chunk(2)
             s.grad[i] = torch.einsum("s,schw->chw", (ahead - behind) / (2 * delta * samples), v)

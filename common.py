@@ -10,13 +10,11 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import time
 import zlib
 from collections import namedtuple
 from datetime import timedelta
-from fractions import Fraction
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -34,6 +32,7 @@ from torchvision.models import resnet
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CPUINFO = Path("/proc/cpuinfo")
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -50,9 +49,7 @@ def conv_bn(conv, bn, x):
 
 class BasicBlock(resnet.BasicBlock):
     def forward(self, x):
-        skip = x
-        if self.downsample is not None:
-            skip = conv_bn(self.downsample[0], self.downsample[1], x)
+        skip = x if self.downsample is None else conv_bn(*self.downsample, x)
         out = F.relu(conv_bn(self.conv1, self.bn1, x), inplace=True)
         out = conv_bn(self.conv2, self.bn2, out)
         return F.relu(out + skip, inplace=True)
@@ -134,14 +131,16 @@ Data = namedtuple("Data", "x_train y_train x_test y_test classes")
 
 def load_data(name, data_dir):
     """The data set `name` (of DATASETS), downloaded into or read from `data_dir`."""
-    data_dir = Path(data_dir)
+    data_dir = Path(data_dir).resolve()
     if RANK > 0:
         barrier()  # process 0 downloads, the others then find the files
     try:
         data = DATASETS[name](data_dir)
+    except BrokenPipeError:  # of a note
+        raise
     except Exception as error:  # a broken file makes its reader raise anything
         network = "connect to the internet, " if isinstance(error, OSError) else ""
-        fail(f"--dataset {name} in {data_dir.resolve()}: {brief(error)}; {network}put the files "
+        fail(f"--dataset {name} in {data_dir}: {brief(error)}; {network}put the files "
              "there, or take --dataset shapes, which needs none")
     if RANK == 0:
         barrier()
@@ -174,12 +173,10 @@ def tinyimagenet(data_dir):
 
 
 def folder(root):
-    """train/ and test/, or val/ where test/ has no labels; in each a folder of images per class.
-
-    val/ may have its labels in val_annotations.txt, as Tiny ImageNet's has.
-    """
+    """train/ and test/ (or val/, if test/ has no labels): in each a folder of images per class.
+    val/ may have its labels in val_annotations.txt instead, as Tiny ImageNet's has."""
     train = list_images(root / "train")
-    classes, differ = sorted({label for _, label in train}), {}
+    classes = sorted({label for _, label in train})
     for split in ("test", "val"):
         test = list_images(root / split)
         table = root / split / "val_annotations.txt"
@@ -187,22 +184,25 @@ def folder(root):
             rows = [line.split("\t") for line in table.read_text().splitlines() if "\t" in line]
             label_of = {row[0]: row[1] for row in rows}
             test = [(path, label_of.get(path.name, "")) for path, _ in test]
-        differ[split] = sorted({label for _, label in test} ^ set(classes))[:5]
-        if len(classes) > 1 and not differ[split]:
-            return Data(*read_images(train, classes), *read_images(test, classes), classes)
-    raise ValueError("it needs train/ and test/ (or val/), in each a folder of images for each of "
-                     f"two or more classes; train/ has {classes[:5]}, the others lack {differ}")
+        labels = {label for _, label in test}
+        if labels & set(classes):
+            break
+    if len(classes) < 2 or labels != set(classes):
+        raise ValueError(f"train/ has the classes {classes[:5]}, {split}/ lacks or adds "
+                         f"{sorted(labels ^ set(classes))[:5]}; both need the same two or more, "
+                         "in folders train/ and test/ (or val/) with a folder of images for each")
+    return Data(*read_images(train, classes), *read_images(test, classes), classes)
 
 
 def list_images(root):
     """[(path, class)] of the images in the folders below `root`; .names are passed over."""
-    names = sorted(glob.glob("*/**", root_dir=root, recursive=True))
-    files = [root / name for name in names if (root / name).is_file()]
-    images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
-    if len(images) < len(files):
-        kinds = sorted({path.suffix for path in files} - {path.suffix for path in images})
-        print0(f"note: {len(files) - len(images)} files in {root} are not read: {kinds}")
-    return [(path, path.relative_to(root).parts[0]) for path in images]
+    names = [Path(name) for name in sorted(glob.glob("*/**", root_dir=root, recursive=True))]
+    images = [name for name in names if name.suffix.lower() in IMG_EXTENSIONS]
+    others = [name for name in set(names) - set(images) if (root / name).is_file()]
+    if others:
+        kinds = ", ".join({name.suffix for name in others})
+        print0(f"note: {len(others)} files in {root} are not read ({kinds})")
+    return [(root / name, name.parts[0]) for name in images]
 
 
 def read_images(samples, classes):
@@ -217,14 +217,15 @@ def read_images(samples, classes):
             raise ValueError(f"{path} is not a readable image of 8 bits a channel")
 
     paths, labels = zip(*samples)
+    x = np.empty((len(paths), *read(paths[0]).shape), np.uint8)
     with ThreadPool() as pool:
-        images = pool.imap(read, paths, chunksize=64)
-        images = list(progress(images, len(paths), "reading images"))
-    for path, image in zip(paths, images):
-        if image.shape != images[0].shape:
-            raise ValueError(f"{path} and {paths[0]} differ in size; make all sizes equal")
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return x, torch.tensor([classes.index(label) for label in labels])
+        images = progress(pool.imap(read, paths, chunksize=64), len(paths), "reading images")
+        for i, image in enumerate(images):
+            if image.shape != x.shape[1:]:
+                raise ValueError(f"{paths[i]} and {paths[0]} differ in size; make all sizes equal")
+            x[i] = image
+    labels = torch.tensor([classes.index(label) for label in labels])
+    return torch.from_numpy(x).permute(0, 3, 1, 2), labels
 
 
 SHAPES = [f"{fill} {shape}" for fill in ("hollow", "filled")
@@ -267,7 +268,7 @@ DATASETS = {
 
 def fingerprint(x, y):
     """Number, size and checksum of images and labels: whether two runs saw the same data."""
-    checksum = zlib.crc32(y.numpy(), zlib.crc32(x.contiguous().numpy()))
+    checksum = zlib.crc32(x.permute(0, 2, 3, 1).contiguous().numpy(), zlib.crc32(y.numpy()))
     return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
 
 
@@ -280,11 +281,8 @@ def hold_out(data, n, device):
 
 
 def shuffled_batches(x, y, batch_size, seed, epoch):
-    """Augmented batches (images, labels, their rows in x) of one epoch; of each our process's part.
-
-    All random numbers of the epoch follow from (seed, epoch): a resumed run repeats them. An
-    incomplete last batch is left out.
-    """
+    """Augmented batches (images, labels, their rows in x) of one epoch, of each our process's part;
+    an incomplete last one is left out. All random numbers follow from (seed, epoch)."""
     seeds = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD).tolist()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seeds[0]))
     order = order[:len(x) // batch_size * batch_size].view(-1, batch_size)
@@ -378,7 +376,8 @@ def number(low, high=10 ** 6, kind=float):
     """An argparse type: a number in [low, high], typed as 0.031, 3e-4 or 8/255."""
     def parse(text):
         try:
-            value = int(text) if kind is int else float(Fraction(text))
+            top, _, bottom = text.partition("/")
+            value = int(text) if kind is int else float(top) / float(bottom or 1)
         except (ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 100 or 8/255")
         if not low <= value <= high:
@@ -388,14 +387,12 @@ def number(low, high=10 ** 6, kind=float):
     return parse
 
 
-def print0(text):
-    if RANK == 0:
-        print(text, flush=True)
+print0 = partial(print, flush=True) if RANK == 0 else lambda *_: None
 
 
 def brief(error):
-    """The first line of an exception's text."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    """The beginning of an exception's text, in one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def fail(message):
@@ -424,7 +421,7 @@ def live(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def setup(name):
+def setup(name, amp=False):
     """The torch.device of that name ("auto": CUDA if there is one); joins torchrun's processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -436,25 +433,24 @@ def setup(name):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
+    if amp and device.type == "cpu" and CPUINFO.exists() and "bf16" not in CPUINFO.read_text():
+        print0("note: this CPU has no bfloat16 instructions: --amp is slower than float32 here")
     if WORLD > 1:  # patient: process 0 may download
-        dist.init_process_group(timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
 
 
-def run(main, *resume):
-    """Call main(). Ctrl-C ends it with the command, this one and the options `resume`, that goes on
-    with it; a full memory or disk or a missing compiler ends it in one line."""
+def run(main, how):
+    """Call main(). Ctrl-C, a full memory or disk, a missing compiler end it in one line; `how` to
+    give the same command again so that it continues."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a sign that a terminal lacks is no error
     try:
         main()
     except KeyboardInterrupt:
-        launcher = ["python"]
-        if WORLD > 1:
-            launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "--"]
-        again = launcher + sys.argv + [option for option in resume if option not in sys.argv]
         with contextlib.suppress(BrokenPipeError):
-            print0(f"\ninterrupted; continue with: {shlex.join(again)}")
+            print0(f"\ninterrupted; the same command {how} continues it")
         os._exit(130)
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os._exit(141)
@@ -503,38 +499,39 @@ def lock(path):
 
 
 def save(write, path):
-    """write(a temporary name), renamed when whole: `path` never holds half a file. Process 0."""
+    """write(temporary name), then rename: `path` never holds half a file. By process 0 alone."""
     part = Path(f"{path}.tmp")
     try:
         if RANK == 0:
             write(part)
             os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         fail(f"{path}: not writable ({brief(error)}); is the folder there and not full?")
 
 
 def open_run(args, device):
     """Take the run folder; with --resume return its last.pt, which alone says what run it is."""
-    last, state, old = Path(args.run_dir, "last.pt"), None, {}
+    last, state, old = Path(args.run_dir, "last.pt"), None, vars(args)
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            lock(last.with_name("args.json"))
         if last.exists():
             state = torch.load(last, map_location=device, weights_only=True)
-            old, _, _, _ = (state[k] for k in ("args", "optimizer", "history", "ema_adv"))
+            old = dict(state["args"])
+            state["model"], state["optimizer"], state["history"], state["ema_adv"], state["ema_nat"]
     except Exception as error:  # whatever a damaged or foreign file or the file system raises
         fail(f"{last}: not the last.pt of a run, or not to be read or written ({brief(error)}); "
              "choose another --run-dir")
     if state and not args.resume:
         fail(f"{last.parent} already holds a run; add --resume, or choose another --run-dir")
-    local = ("resume", "run_dir", "data_dir", "device")
     changed = [f"{name} was {old.get(name)}, is {value}" for name, value in vars(args).items()
-               if state and name not in local and old.get(name) != value]
+               if value != old.get(name)
+               and name not in ("resume", "run_dir", "data_dir", "device")]
     if changed:
         fail(f"--resume: {'; '.join(changed)}; give the same, or choose another --run-dir")
     if RANK == 0:
-        lock(last.with_name("args.json"))
         last.with_name("args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
@@ -542,10 +539,8 @@ def open_run(args, device):
 def check_finite(model, terms, epoch):
     """Stop before anything is saved if a term (its values by step) or a weight is not finite."""
     for name, values in [*terms.items(), *model.state_dict().items()]:
-        if not values.isfinite().all():
-            what = f"the weight {name}"
-            if name in terms:
-                step = int((~values.isfinite()).nonzero()[0])
-                what = f"step {step + 1}: the term {name} is {values[step]:g}"
-            fail(f"epoch {epoch}, {what}: not finite; last.pt, if there is one, holds the epoch "
-                 "before; try a lower --lr or weight of the term, in another --run-dir")
+        wrong = (~values.isfinite()).nonzero()
+        if len(wrong):
+            step = f"step {int(wrong[0]) + 1}, the term" if name in terms else "the weight"
+            fail(f"epoch {epoch}, {step} {name} is not finite; last.pt, if there is one, holds the "
+                 "epoch before; try a lower --lr or weight of the term, in another --run-dir")

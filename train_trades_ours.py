@@ -5,8 +5,8 @@
 
 minimises  L' + CE(p(x), y) + 1/lambda KL(p(x) || p(x')) + beta * mHuber(logit'_t, logit_t, alpha)
 where x' is found by PGD on L' + CE and logit'_t, logit_t are moving averages over the iterations of
-the adversarial and of the natural logits. Defaults are
-the paper's (section 5.1); --dataset shapes alone is a demonstration of minutes on a CPU.
+the adversarial and of the natural logits. Defaults are the paper's (section 5.1); --dataset shapes
+alone is a demonstration for a CPU.
 """
 import csv
 import time
@@ -133,6 +133,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
                     model.eval()
                     with torch.no_grad():
                         log_p_nat = F.log_softmax(model(x).to(x.dtype), 1)
+                    model.train()
                 x_adv = common.pgd(model, x, lambda logits: attack_loss(logits, y, log_p_nat, args),
                                    args.epsilon, args.step_size, args.steps)
             logits_nat = net(x).to(x.dtype)
@@ -156,8 +157,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
 
 
 def learning_rate(epoch, epochs, lr):
-    """A tenth from the 75th of 130 epochs on and again from the 90th (section 5.1); with other
-    `epochs` at the same fractions."""
+    """A tenth from the 75th of 130 epochs on, again from the 90th (section 5.1)."""
     done = (epoch - 1) / epochs
     if done >= 89 / 130:
         return lr / 100
@@ -168,7 +168,7 @@ def learning_rate(epoch, epochs, lr):
 
 def main():
     args = parse_args()
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.amp)
     data = common.load_data(args.dataset, args.data_dir)
     x_train, y_train, x_val, y_val = common.hold_out(data, args.val_size, device)
     n, m = len(x_train), args.batch_size // WORLD
@@ -229,17 +229,17 @@ def main():
         print0("  ".join(f"{name} {value:.4g}" for name, value in row.items())
                + f"  left {timedelta(seconds=int(left))}")
 
+        if RANK == 0:
+            with open(folder / "metrics.csv", "w", newline="") as file:
+                table = csv.DictWriter(file, row)
+                table.writeheader()
+                table.writerows(history)
         state = {"model": model.state_dict(), "args": vars(args), "epoch": epoch}
         if args.val_size and all(row["val PGD-10"] > r["val PGD-10"] for r in history[:-1]):
             common.save(lambda part: torch.save(state, part), folder / "best.pt")
         last = state | {"optimizer": optimizer.state_dict(), "history": history,
                         "ema_adv": common.all_rows(past_adv), "ema_nat": common.all_rows(past_nat)}
         common.save(lambda part: torch.save(last, part), folder / "last.pt")
-        if RANK == 0:
-            with open(folder / "metrics.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, row)
-                table.writeheader()
-                table.writerows(history)
 
     common.barrier()  # the checkpoints are written
     epsilon = args.epsilon or 8 / 255
@@ -259,9 +259,10 @@ def main():
     pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
     if RANK == 0:
         save_image(F.interpolate(pictures, scale_factor=4), folder / "examples.png", nrow=10)
+    option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(f"{folder}/examples.png: natural, adversarial, their difference\n"
-           f"next: python evaluate.py {quote(str(folder / name))} --epsilon {255 * epsilon:g}/255")
+           f"next: python evaluate.py {quote(str(folder / name))}{option}")
 
 
 if __name__ == "__main__":
-    common.run(main, "--resume")
+    common.run(main, "with --resume")

@@ -14,10 +14,13 @@ maps images [N, 3, H, W] in [0, 1] to logits [N, C]; x is classified correctly a
 the L-infinity radius; each image has a torch.Generator, so that its neighbours do not change what
 happens to it. It is lost, and leaves the batch, at its first misclassified iterate.
 """
+import argparse
 import json
 import math
+import re
 import sys
 import time
+import warnings
 import zlib
 from datetime import timedelta
 from functools import cache, partial
@@ -28,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed import ReduceOp, all_reduce, new_group
+from torchvision.transforms import Normalize
 
 import common
 from common import RANK, WORLD, fail, number, print0
@@ -37,7 +41,7 @@ from common import RANK, WORLD, fail, number, print0
 class Passes:
     """Counts the images sent through the network and back; shows how long it may take."""
     rows = 64  # images in one pass: enough to keep a core busy, few enough for its cache
-    text, forward, backward = "", 0, 0
+    amp, text, forward, backward = False, "", 0, 0
 
     def begin(self, text, most):  # most: the passes to come if every image survives
         self.text, self.most, self.before = text, most, self.forward + self.backward
@@ -61,9 +65,13 @@ def parts(*tensors):
 
 
 @torch.no_grad()
-def logits_of(model, x):
+def logits_of(model, x, amp=False):
     PASSES.count(len(x))
-    return torch.cat([model(part) for part, in parts(x)])
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        logits = torch.cat([model(part) for part, in parts(x)]).float()
+    if not logits.isfinite().all():
+        fail("a network's logits are not finite: its weights are broken, or --mean and --std wrong")
+    return logits
 
 
 def gradient(model, x, loss, y, *target):
@@ -72,11 +80,21 @@ def gradient(model, x, loss, y, *target):
     rows = []
     for part, *labels in parts(x, y, *target):
         part = part.detach().requires_grad_()
-        logits = model(part)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=PASSES.amp):
+            logits = model(part).float()
         value = loss(logits, *labels).view(-1, 1, 1, 1)
         grad = torch.autograd.grad(value.sum(), part)[0]
         rows.append((logits.argmax(1) != labels[0], value.detach(), grad))
-    return [torch.cat(found) for found in zip(*rows)]
+    fooled, value, grad = (torch.cat(found) for found in zip(*rows))
+    return confirmed(fooled, model, x, y), value, grad
+
+
+def confirmed(fooled, model, x, y):
+    """[N]: with --amp float32 decides about the images that are fooled by bfloat16 logits."""
+    if PASSES.amp and fooled.any():
+        rows = fooled.nonzero()[:, 0]
+        fooled[rows] = logits_of(model, x[rows]).argmax(1) != y[rows]
+    return fooled
 
 
 class Active:
@@ -117,29 +135,23 @@ def box(x, epsilon):
     """Lower and upper bound of the allowed images: within epsilon of x and in [0, 1]."""
     return (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
 
-
 def linf_norm(d):
     return d.abs().amax((1, 2, 3), keepdim=True)
 
-
 def cross_entropy(logits, y, target=None):
     return F.cross_entropy(logits, y, reduction="none")
-
 
 def margin(logits, y):
     """z_y - max_{j != y} z_j: negative where misclassified."""
     y = y[:, None]
     return logits.gather(1, y)[:, 0] - logits.scatter(1, y, -torch.inf).amax(1)
 
-
 def cw_loss(logits, y):
     """In PGD's place for CE, confidence K = 50 (section 5.2; Carlini & Wagner 2017)."""
     return -(margin(logits, y) + 50).clamp(min=0)
 
-
 def target_margin(logits, y, target):  # z_t - z_y
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
-
 
 def dlr_targeted(logits, y, target):
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce & Hein 2020b); few classes: z_t - z_y."""
@@ -248,8 +260,9 @@ def fab(model, x, y, epsilon, generators, target, steps=100):
         norm_z, norm_x = linf_norm(d_z).clamp(min=1e-8), linf_norm(d_x).clamp(min=1e-8)
         alpha = (norm_z / (norm_z + norm_x)).clamp(max=0.1)
         s.z = ((s.z + 1.05 * d_z) * (1 - alpha) + (s.x + 1.05 * d_x) * alpha).clamp(0, 1)
-        s.over = logits_of(model, s.z).argmax(1) != s.y
-        if s.drop(s.over & (linf_norm(s.z - s.x).flatten() <= epsilon)):
+        s.over = logits_of(model, s.z, PASSES.amp).argmax(1) != s.y
+        fooled = s.over & (linf_norm(s.z - s.x).flatten() <= epsilon)
+        if s.drop(confirmed(fooled, model, s.z, s.y)):
             break
         s.z = torch.where(s.over.view(-1, 1, 1, 1), s.x + 0.9 * (s.z - s.x), s.z)
     return s.result
@@ -377,18 +390,13 @@ LMA-AT(Ours)     49.10 - 26.35 - 22.40 18.31 - -
 """
 
 
-def paper_rows():
-    """{(data set, network, method): {column: percent}}."""
-    rows = {}
-    for line in PAPER.strip().splitlines():
-        name, *cells = line.rsplit(maxsplit=len(COLUMNS))
-        if len(cells) == 1:
-            source = name, *cells
-        else:
-            rows[*source, name] = {c: float(v) for c, v in zip(COLUMNS, cells) if v != "-"}
-    return rows
-
-
+ROWS = {}  # {(data set, network, method): {column: percent}}
+for line in PAPER.strip().splitlines():
+    name, *cells = line.rsplit(maxsplit=len(COLUMNS))
+    if len(cells) == 1:
+        source = name, *cells
+    else:
+        ROWS[*source, name] = {c: float(v) for c, v in zip(COLUMNS, cells) if v != "-"}
 # (script, attack loss, margin weight, tau or None without mHuber): the paper's name for it
 METHODS = {
     ("at_ours", "ce", 0, None): "vanillaAT", ("at_ours", "margin+ce", 1, 0.2): "vanillaAT + Ours",
@@ -402,11 +410,9 @@ METHODS = {
 def paper_method(args):
     """The paper's name for what a checkpoint of ours was trained with and which settings are not
     the paper's; None if it has no row."""
-    alpha, beta, tau = 5.345, 86, args["tau"]  # section 5.1
-    if args["dataset"] in ("cifar100", "tinyimagenet"):
-        beta = 96
-    if args["dataset"] == "tinyimagenet":
-        alpha = 6.345
+    alpha = {"tinyimagenet": 6.345}.get(args["dataset"], 5.345)  # section 5.1
+    beta = {"cifar100": 96, "tinyimagenet": 96}.get(args["dataset"], 86)
+    tau = args["tau"]
     if args["arch"].startswith("wrn"):
         alpha = 2.345
     if not args["beta"]:  # no mHuber
@@ -423,44 +429,86 @@ def paper_method(args):
     return name
 
 
+# harmless, and frequent beside other people's weights: argparse's arguments and numpy's numbers
+NUMBER = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, NUMBER, (NUMBER, "numpy.core.multiarray.scalar")]
+SAFE += {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+WRAPPER = r"((state_dict|model_state_dict|model|module|_orig_mod|net|network|basic_net|ema|\d+)\.)*"
+STANDARDISES = r"(.*\.)?(mu|sigma|mean|std|[^.]*normali[sz]e[^.]*)"
+
+
 def read_checkpoint(path):
-    """(what the file holds, the training script's arguments or {})."""
+    """({dotted path: value} of all that the file holds, our script's arguments or {})."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets
-        fail(f"{path}: not loadable as tensors and plain values ({common.brief(error)}); nothing "
-             "else is unpickled, save its state_dict")
+        why, found = "is no file of torch.save, or damaged", str(error)
+        if isinstance(error, OSError) and error.filename:
+            why = error.strerror
+        elif found := re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)", str(error)):
+            why = f"holds {found[1] or found[2]}"
+        fail(f"{path}: {why}; give a checkpoint, or a state_dict: tensors, numbers and text alone "
+             "are unpickled")
     args = saved.get("args") if isinstance(saved, dict) else None
     if not isinstance(args, dict) or not {"method", "margin_reduction", "tau"} <= args.keys():
         args = {}
-    return saved, args
+    for key, value in args.items():
+        each = value if key == "classes" and isinstance(value, list) else [value]
+        if not all(isinstance(one, (str, int, float, type(None))) for one in each):
+            fail(f"{path}: args.{key} is a {type(value).__name__}, which no script here writes")
+    return dict(leaves(saved)), args
 
 
-def load_network(path, saved, arch, num_classes):
-    """In eval mode. Foreign weights may be wrapped (state_dict, model_state_dict, net, model), have
-    a module. prefix, TRADES' unused sub_block1 or the usual ResNet-18's names linear, shortcut."""
-    for key in ("state_dict", "model_state_dict", "net", "model"):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
-            saved = saved[key]
-    if not isinstance(saved, dict) or not all(torch.is_tensor(v) for v in saved.values()):
-        fail(f"{path}: holds no state_dict, at the top or under state_dict, net, model, ...")
-    state = {}
-    for key, value in saved.items():
-        name = "." + key.removeprefix("module.")
+def leaves(value, path=()):
+    """(dotted path, value) of what nested dicts hold."""
+    if isinstance(value, dict) and len(path) < 9:  # a dict may hold itself
+        for key in value:
+            yield from leaves(value[key], (*path, str(key)))
+    else:
+        yield ".".join(path), value
+
+
+def is_plain(value):
+    return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point() \
+        and not value.is_meta
+
+
+def load_network(path, values, arch, args, num_classes):
+    """The network in eval mode. Foreign weights may have wrappers and prefixes (WRAPPER), TRADES'
+    unused sub_block1 and the usual ResNet-18's names linear and shortcut."""
+    with torch.device("meta"):  # which takes no memory: compared with the file first
+        model, sets = common.make_model(arch, num_classes), {}
+    want = {key: list(value.shape) for key, value in model.state_dict().items() if value.dim()}
+    for key, value in values.items():
+        prefix = re.match(WRAPPER, key)[0]
+        name = "." + key.removeprefix(prefix)
         name = name.replace(".shortcut.", ".downsample.").replace(".linear.", ".fc.")[1:]
-        if not name.startswith("sub_block1."):
-            state[name] = value
-    model = common.make_model(arch, num_classes)
-    want, have = ({k: list(v.shape) for k, v in tensors.items() if "num_batches" not in k}
-                  for tensors in (model.state_dict(), state))
-    wrong = [f"{k} is {have.get(k, 'missing')} instead of {want.get(k, 'absent')}"
-             for k in sorted(want | have) if want.get(k) != have.get(k)]
+        if re.fullmatch(STANDARDISES, key) and (torch.is_tensor(value) or value):
+            if not args.mean:
+                fail(f"{path}: {key} says that it standardises its images; give --mean and --std")
+        elif not re.match("sub_block1|.*num_batches_tracked", name):
+            if name in sets.setdefault(prefix, {}):
+                fail(f"{path}: {key} and another key mean {name}; save the one that is meant")
+            sets[prefix][name] = value
+    sets = {prefix or "top": state for prefix, state in sets.items() if state.keys() & want.keys()}
+    if len(sets) != 1:
+        fail(f"{path}: holds {len(sets)} state_dicts of {arch} {list(sets)}; save the one that is "
+             "meant, or choose another --arch")
+    state, = sets.values()
+    have = {key: list(value.shape) if is_plain(value) else "no plain tensor of floats"
+            for key, value in state.items()}
+    wrong = [f"{key} is {have.get(key, 'missing')} instead of {want.get(key, 'absent')}"
+             for key in sorted(want | have) if want.get(key) != have.get(key)]
     if wrong:
         fail(f"{path} does not fit {arch} with {num_classes} classes in {len(wrong)} keys: "
              f"{'; '.join(wrong[:3])}; choose another --arch or --dataset, or rename them")
-    if not all(v.isfinite().all() for v in state.values()):
+    if not all(value.isfinite().all() for value in state.values()):
         fail(f"{path}: has weights that are not finite; its training diverged")
+    model = common.make_model(arch, num_classes)
     model.load_state_dict(state, strict=False)
+    if args.mean:
+        model = torch.nn.Sequential(Normalize(args.mean, args.std), model)
     return model.eval().requires_grad_(False)
 
 
@@ -470,19 +518,28 @@ class Evaluation:
     not computed), the cost. Kept in the file `out`; one with other settings is refused."""
 
     def __init__(self, path, args, load_data, device, group=None):
-        saved, trained = read_checkpoint(path)
+        values, trained = read_checkpoint(path)
         dataset, arch = args.dataset or trained.get("dataset"), args.arch or trained.get("arch")
-        if not dataset or not arch:
+        if dataset not in common.DATASETS or not arch:
             fail(f"{path}: says not what it was trained on, or what it is; give --dataset, --arch")
         data = load_data(dataset, args.data_dir or trained.get("data_dir") or "data")
         total, self.classes = len(data.x_test), len(data.classes)
+        ours = list(data.classes)
+        theirs = trained.get("classes", ours)
+        if theirs != ours:
+            differ = sorted(set(theirs) ^ set(ours))[:5] or "in another order"
+            fail(f"{path}: {dataset} has other classes than it was trained on: {differ}; choose "
+                 "another --dataset or --data-dir")
+        if trained.get("data") not in (None, common.fingerprint(data.x_train, data.y_train)):
+            print0(f"note: {path} was trained on other images, {trained['data']}")
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.n]
         self.index = order.sort().values
         self.images, self.label = data.x_test[self.index], data.y_test[self.index]
-        model = load_network(path, saved, arch, self.classes)
+        model = load_network(path, values, str(arch), args, self.classes)
         weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
         self.settings = {"epsilon": args.epsilon, "seed": args.seed, "weights": zlib.crc32(weights),
                          "images": common.fingerprint(self.images, self.label),
+                         "mean": args.mean, "std": args.std, "amp": args.amp,
                          "program": zlib.crc32(Path(__file__).read_bytes())}
         self.model = model.to(device, memory_format=torch.channels_last)
         self.path, self.device, self.group = path, device, group
@@ -494,49 +551,63 @@ class Evaluation:
             alike = Path(path).name, str([v for k, v in trained.items() if k not in varies])
         self.alike = dataset, arch, self.method, self.settings["images"], alike
         if abs(args.epsilon - 8 / 255) < 1e-6:
-            self.paper = paper_rows().get((dataset, arch, self.method), {})
-        print0(f"{path}: {self.method or 'no row of the paper'}, {arch} on {dataset}, {len(order)} "
-               f"of {total} test images, epsilon {255 * args.epsilon:g}/255, seed {args.seed}")
-        differs = [args.dataset, args.n and f"n{args.n}", args.seed and f"seed{args.seed}"]
+            self.paper = ROWS.get((dataset, arch, self.method), {})
+        differs = [args.dataset, args.n and f"n{args.n}", args.seed and f"seed{args.seed}",
+                   args.mean and "standardised", args.amp and "amp"]
         if args.epsilon != 8 / 255:
             differs.append(f"eps{255 * args.epsilon:g}")
         name = ".".join([Path(path).stem, *filter(None, differs), "eval.json"])
         self.out = Path(args.out or Path(path).with_name(name))
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
         self.cost, self.summary = {}, {}
-        if RANK == 0 and self.out.exists():
-            self.read()
+        print0(f"{path}: {self.method or 'no row of the paper'}, {arch} on {dataset}, {len(order)} "
+               f"of {total} test images, epsilon {255 * args.epsilon:g}/255, seed {args.seed}")
+        if args.mean:
+            print0(f"its images are standardised: mean {args.mean}, std {args.std}")
+        if args.amp:
+            print0("attacks that use gradients run it in bfloat16; float32 decides")
+
+    def open(self):
+        """Take the file of results and what it holds; a second process is refused."""
+        if self.out.exists() and not self.out.is_file():
+            fail(f"{self.out} is not a file; choose another --out")
+        if RANK == 0:
+            common.lock(self.out.with_name(f".{self.out.name}.lock"))
+            if self.out.exists():
+                self.read()
+            self.save()
         self.share()
 
     def read(self):
         try:
             old = json.loads(self.out.read_text())
-            differ = dict(old["settings"].items() ^ self.settings.items())
-            for name, classes in old["prediction"].items():
-                self.prediction[name] = torch.tensor(classes)
-            self.cost = old["cost"]
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            settings = old["settings"]
+            for title, cost in old["cost"].items():
+                self.cost[title] = {k: 0 + cost[k] for k in ("seconds", "forward", "backward")}
+            other = [key for key in sorted(settings | self.settings)
+                     if (key in settings, settings.get(key)) != (True, self.settings.get(key))]
+            for name, found in old["prediction"].items():
+                assert {type(p) for p in found} == {int} and name in self.prediction
+                assert -1 <= min(found) <= max(found) < self.classes
+                assert other or len(found) == len(self.label)
+                self.prediction[name] = torch.tensor(found)
+        except Exception:  # anything may stand in it
             fail(f"{self.out} is no result of evaluate.py; move it or choose another --out")
-        if differ:
-            fail(f"{self.out} is of other {', '.join(sorted(differ))}; move it or choose an --out")
+        if other:
+            fail(f"{self.out} is of other {', '.join(other)}; move it or choose an --out")
 
     def save(self):
-        found = {k: p.tolist() for k, p in self.prediction.items() if p.max() >= 0}
+        first = np.full(len(self.label), None)  # AA's attack that broke the image; Clean: none
+        for name in (*reversed(AA), "Clean"):
+            first[(self.prediction[name] >= 0) & ~self.robust(name)] = name
         content = self.summary | {
             "settings": self.settings, "torch": torch.__version__, "index": self.index.tolist(),
-            "label": self.label.tolist(), "prediction": found, "AA_broken_by": self.broken_by(),
-            "cost": self.cost}
+            "label": self.label.tolist(), "AA_broken_by": first.tolist(), "cost": self.cost,
+            "prediction": {k: p.tolist() for k, p in self.prediction.items() if p.max() >= 0}}
         common.save(lambda part: part.write_text(json.dumps(content)), self.out)
 
     def robust(self, *names):  # [n] bool: classified correctly under each of these attacks
         return torch.stack([self.prediction[name] == self.label for name in names]).all(0)
-
-    def broken_by(self):
-        """The first of AA's attacks that broke each image; Clean: wrong from the start."""
-        first = np.full(len(self.label), None)
-        for name in (*reversed(AA), "Clean"):
-            first[(self.prediction[name] >= 0) & ~self.robust(name)] = name
-        return first.tolist()
 
     def share(self):  # under torchrun every process gets what all have found
         for prediction in self.prediction.values() if WORLD > 1 else ():
@@ -561,8 +632,8 @@ class Evaluation:
             start, forward, backward = time.time(), PASSES.forward, PASSES.backward
             x, y, generators = self.batch(rows, name)
             x_adv = attack(self.model, x, y, epsilon, generators)
-            assert ((x_adv - x).abs() < epsilon + 1e-6).all() and (x_adv == x_adv.clamp(0, 1)).all()
             self.prediction[name][rows] = logits_of(self.model, x_adv).argmax(1).cpu()
+            assert ((x_adv - x).abs() < epsilon + 1e-6).all() and (x_adv == x_adv.clamp(0, 1)).all()
             cost = self.cost.setdefault(title, {"seconds": 0, "forward": 0, "backward": 0})
             cost["seconds"] += time.time() - start
             cost["forward"] += PASSES.forward - forward
@@ -693,7 +764,7 @@ def figure1(path, natural, e):
 def parse_args():
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    methods = list(dict.fromkeys(method for _, _, method in paper_rows()))
+    methods = list(dict.fromkeys(method for _, _, method in ROWS))
     add("checkpoints", nargs="+", help="best.pt or last.pt, or foreign weights")
     add("--attacks", nargs="+", default=COLUMNS[1:], choices=COLUMNS, metavar="NAME",
         help=f"of {' '.join(COLUMNS)}")
@@ -704,6 +775,9 @@ def parse_args():
     add("--dataset", choices=common.DATASETS, help="default: what the checkpoint was trained on")
     add("--data-dir", help="default: where it was trained from")
     add("--arch", help="default: the checkpoint's; resnet18 or wrn-<depth>-<widen>")
+    add("--mean", type=number(0, 1), nargs=3, metavar="C", help="of R, G and B, and")
+    add("--std", type=number(1e-3, 1), nargs=3, metavar="C", help="for networks that standardise")
+    add("--amp", action="store_true", help="gradients in bfloat16; decisions stay in float32")
     add("--method", choices=methods, metavar="NAME",
         help=f"the paper's row to compare with: {'; '.join(methods)}")
     add("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
@@ -713,25 +787,34 @@ def parse_args():
     args = parser.parse_args()
     if args.out and len(args.checkpoints) > 1:
         fail("--out: takes the results of one checkpoint; leave it out")
-    if args.figure1 and not ({"PGD-20", "CW"} <= set(args.attacks)
-                             and Path(args.figure1[1]).parent.is_dir()):
-        fail("--figure1: needs PGD-20 and CW among --attacks, and the folder of OUT.png")
+    if (args.mean is None) != (args.std is None):
+        fail("--mean and --std: give both")
+    picture = Path(args.figure1[1] if args.figure1 else "figure1.png")
+    if picture.is_dir() or not picture.parent.is_dir():
+        fail(f"--figure1: {picture} is a folder or its folder is not there; choose another")
+    if args.figure1 and not {"PGD-20", "CW"} <= set(args.attacks):
+        fail("--figure1: needs PGD-20 and CW among --attacks")
     return args
 
 
 def main():
     args = parse_args()
+    warnings.simplefilter("ignore")  # torch's about what foreign files hold
     device = common.setup(args.device)
     torch.backends.cudnn.benchmark = False  # batches vary in size
     PASSES.rows = args.batch_size or (512 if device.type == "cuda" else 64)
+    PASSES.amp = args.amp
     group, load_data = None, cache(common.load_data)
     if WORLD > 1:  # all processes, and patient
         group = new_group(backend="gloo", timeout=timedelta(days=30))
     evaluations = [Evaluation(path, args, load_data, device, group) for path in args.checkpoints]
     if args.figure1:
-        saved, trained = read_checkpoint(args.figure1[0])
-        arch = args.arch or trained.get("arch")
-        natural = load_network(args.figure1[0], saved, arch, evaluations[0].classes).to(device)
+        values, trained = read_checkpoint(args.figure1[0])
+        arch = args.arch or str(trained.get("arch"))
+        natural = load_network(args.figure1[0], values, arch, args, evaluations[0].classes)
+        natural.to(device)
+    for e in evaluations:
+        e.open()
     columns, notes = [c for c in COLUMNS if c in ("Clean", *args.attacks)], ""
     for e in evaluations:
         e.cells = {column: e.column(column) for column in columns}
@@ -747,4 +830,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "as it is")

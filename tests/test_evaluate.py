@@ -1,5 +1,6 @@
 """evaluate.py: attacks against known answers and their constants, independence of the batch,
 resume after a kill, masking, foreign weights."""
+import argparse
 import json
 import os
 import signal
@@ -23,6 +24,12 @@ from evaluate import AA, ATTACKS, PASSES
 
 EPSILON = 8 / 255
 PROGRAM = Path(evaluate.__file__)
+
+
+@pytest.fixture(autouse=True)
+def no_lock(monkeypatch):
+    """Here one process evaluates the same checkpoint again and again."""
+    monkeypatch.setattr(common, "lock", lambda path: None)
 
 
 def generators(n, seed=0, name="test"):
@@ -482,7 +489,7 @@ def test_autoattack_parts(checkpoint, monkeypatch):
     left, _ = e.column("AA")
     assert seen == [("APGD-CE", 9), ("APGD-T", 8), ("FAB-T", 7), ("SQUARE", 6)]
     assert left == pytest.approx(100 * 5 / 9)
-    assert e.broken_by() == [*AA, None, None, None, None, None]
+    assert json.loads(e.out.read_text())["AA_broken_by"] == [*AA, None, None, None, None, None]
 
 
 # ------------------------------------------------------------------------ on a small trained model
@@ -579,8 +586,10 @@ def arguments(monkeypatch, *argv):
 
 def subject(path, monkeypatch, *argv):
     """An Evaluation in this process."""
-    return evaluate.Evaluation(str(path), arguments(monkeypatch, path, *argv), common.load_data,
-                               torch.device("cpu"))
+    e = evaluate.Evaluation(str(path), arguments(monkeypatch, path, *argv), common.load_data,
+                            torch.device("cpu"))
+    e.open()
+    return e
 
 
 def start(monkeypatch, capsys, *argv):
@@ -588,16 +597,22 @@ def start(monkeypatch, capsys, *argv):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
     status = 0
     try:
-        evaluate.main()
+        common.run(evaluate.main, "as it is")
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()
 
 
+def loaded(path, arch, classes, mean=None, std=None):
+    """The network of a checkpoint."""
+    args = SimpleNamespace(mean=mean, std=std)
+    return evaluate.load_network(path, evaluate.read_checkpoint(path)[0], arch, args, classes)
+
+
 def doubts(net, patterns, columns, tmp_path, monkeypatch):
     """The sceptic's lines that say SUSPECT, for columns measured on 60 images."""
     monkeypatch.setattr(common, "load_data", lambda *_: patterns)
-    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: ({}, {}))
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda _: ({}, {}))
     monkeypatch.setattr(evaluate, "load_network", lambda *_: net)
     e = subject(tmp_path / "net.pt", monkeypatch, "--dataset", "folder", "--arch", "net", "--n", 60)
     points = {column: e.column(column)[0] for column in ("Clean", *columns)}
@@ -651,7 +666,7 @@ def test_the_table(checkpoint, monkeypatch, capsys):
 def test_several_seeds_and_the_papers_row():
     """Two seeds give their mean and Student's interval; the paper's row and the difference stand
     below; the paper's numbers are those printed."""
-    rows = evaluate.paper_rows()
+    rows = evaluate.ROWS
     paper = rows["cifar10", "resnet18", "TRADES"]
     two = [SimpleNamespace(path=f"{v}.pt", method="TRADES", paper=paper, alike="same",
                            cells={"Clean": (v, 1.0), "AA": (49.0, 1.0)}) for v in (82.0, 84.0)]
@@ -673,7 +688,7 @@ def test_paper_method(checkpoint):
     assert evaluate.paper_method(shapes) == ("LMA-AT(Ours), settings differ: epochs 3 (130), "
                                              "lr 0.05 (0.01), batch_size 50 (100)")
     lma = shapes | {"epochs": 130, "lr": 0.01, "batch_size": 100, "val_size": 1000}
-    rows = evaluate.paper_rows()
+    rows = evaluate.ROWS
     for dataset, arch, alpha, beta, tau in (
             ("cifar10", "resnet18", 5.345, 86, 0.2), ("cifar10", "wrn-34-10", 2.345, 86, 0.2),
             ("cifar100", "resnet18", 5.345, 96, 0.9), ("tinyimagenet", "resnet18", 6.345, 96, 0.2)):
@@ -776,8 +791,7 @@ def test_figure1(checkpoint, shapes, tmp_path, monkeypatch, capsys):
               (line.split(", rank of the wrong class: ") for line in text.splitlines()
                if ", rank of the wrong class: " in line)}
     found = json.loads(out.read_text())
-    saved, trained = evaluate.read_checkpoint(checkpoint)
-    natural = evaluate.load_network(checkpoint, saved, trained["arch"], 10)
+    natural = loaded(checkpoint, "wrn-10-1", 10)
     logits = natural(common.to_float(shapes.x_test[found["index"]]))
     assert counts.keys() == {"PGD-20", "CW"}
     for name, row in counts.items():
@@ -794,32 +808,54 @@ def test_figure1(checkpoint, shapes, tmp_path, monkeypatch, capsys):
     assert status == 0 and (tmp_path / "f.png").stat().st_size > 5000
 
 
-# ----------------------------------------------------------------------------- foreign checkpoints
+# ------------------------------------------------------------- other people's checkpoints and data
 
-def as_others_do(state, arch, style):
-    """A state_dict as TRADES, MART and RobustBench save them."""
+def as_others_do(state, arch):
+    """The names of TRADES, MART and RobustBench."""
     if arch == "resnet18":
         names = {k: k.replace("downsample", "shortcut").replace("fc.", "linear.") for k in state}
-        state = {names[k]: v for k, v in state.items()}
-    else:
-        blocks = {k: v for k, v in state.items() if k.startswith("block1")}
-        state = state | {k.replace("block1", "sub_block1"): v for k, v in blocks.items()}
-    state = {("module." if "module" in style else "") + k: v for k, v in state.items()}
-    return {style.split()[0]: state, "epoch": 7} if style.split()[0] != "bare" else state
+        return {names[k]: v for k, v in state.items()}
+    blocks = {k: v for k, v in state.items() if k.startswith("block1")}
+    return state | {k.replace("block1", "sub_block1"): v for k, v in blocks.items()}
 
 
-@pytest.mark.parametrize("arch", ["wrn-10-1", "resnet18"])
-@pytest.mark.parametrize("style", ["bare", "bare module", "state_dict module", "net",
-                                   "model_state_dict"])
-def test_foreign_names(arch, style, tmp_path):
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPED = {
+    "bare": lambda s: s, "module": lambda s: prefixed(s, "module."),
+    "state_dict module": lambda s: {"state_dict": prefixed(s, "module."), "epoch": 7},
+    "net": lambda s: {"net": s, "acc": np.float64(83.1)},
+    "model_state_dict": lambda s: {"model_state_dict": s, "args": argparse.Namespace(lr=0.1)},
+    "compiled DDP": lambda s: prefixed(s, "_orig_mod.module."),
+    "DDP of a compiled": lambda s: {"model": prefixed(s, "module._orig_mod.")},
+    "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "hparams_name": "x"},
+    "ema": lambda s: prefixed(s, "ema."), "basic_net": lambda s: {"net": prefixed(s, "basic_net.")},
+    "AveragedModel": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
+    "nested": lambda s: {"model": {"state_dict": s}, "optimizer": {"state": {0: torch.ones(3)}}},
+}
+
+
+@pytest.mark.parametrize("arch, classes", [("wrn-10-1", 7), ("resnet18", 3)])
+def test_foreign_names(arch, classes, tmp_path):
     """Wrapped, prefixed and differently named weights give the network they came from."""
     torch.manual_seed(0)
-    model = common.make_model(arch, 7).eval()
-    torch.save(as_others_do(model.state_dict(), arch, style), tmp_path / "f.pt")
-    saved, trained = evaluate.read_checkpoint(tmp_path / "f.pt")
-    loaded = evaluate.load_network(tmp_path / "f.pt", saved, arch, 7)
-    x = torch.rand(2, 3, 16, 16)
-    assert trained == {} and torch.equal(loaded(x), model(x)) and not loaded.training
+    model, x = common.make_model(arch, classes).eval(), torch.rand(2, 3, 16, 16)
+    for style, wrap in WRAPPED.items():
+        torch.save(wrap(as_others_do(model.state_dict(), arch)), tmp_path / "f.pt")
+        found = loaded(tmp_path / "f.pt", arch, classes)
+        assert torch.equal(found(x), model(x)) and not found.training, style
+
+
+def test_standardised_images(tmp_path):
+    """With --mean and --std the network gets (x - mean) / std of each channel."""
+    torch.manual_seed(0)
+    model, x = common.make_model("wrn-10-1", 4).eval(), torch.rand(2, 3, 16, 16)
+    torch.save({"0.mean": torch.ones(3), **prefixed(model.state_dict(), "1.")}, tmp_path / "f.pt")
+    found = loaded(tmp_path / "f.pt", "wrn-10-1", 4, [0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
+    assert torch.allclose(found(x), model((x - mean) / std), atol=1e-6)
 
 
 class Trap:
@@ -837,46 +873,184 @@ def test_nothing_else_is_unpickled(tmp_path, monkeypatch, capsys):
     assert status == 2 and err.count("\n") == 1 and "t.pt" in err and not Path("trapped").exists()
 
 
-def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys):
-    """Every mistake ends in one line that names it and the remedy, exit status 2 and no file."""
-    saved = torch.load(checkpoint, weights_only=True)
-    state, bad = saved["model"], tmp_path / "bad.pt"
-    before = sorted(checkpoint.parent.iterdir())
-
-    def refused(content, *argv):
-        path = checkpoint
-        if content is not None:
-            path = bad
-            torch.save(content, bad)
+@pytest.fixture
+def refused(checkpoint, tmp_path, monkeypatch, capsys):
+    """refused(content of a checkpoint, or a path, or None: the good one; *argv): the one line."""
+    def run(content, *argv):
+        path = checkpoint if content is None else content
+        if not isinstance(path, Path):
+            path = tmp_path / "bad.pt"
+            torch.save(content, path)
         status, _, err = start(monkeypatch, capsys, path, *argv)
         assert status == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+        assert "\033" not in err and "Traceback" not in err
         return err
+    before = sorted(checkpoint.parent.iterdir())
+    yield run
+    assert sorted(checkpoint.parent.iterdir()) == before and not list(tmp_path.glob("*.eval.json"))
 
-    foreign = ("--dataset", "shapes", "--arch", "wrn-10-1")
-    renamed = {k.replace("conv1", "first"): v for k, v in state.items()}
-    assert "block1.layer.0.conv1.weight is missing" in refused(renamed, *foreign)
-    assert "[16] instead of [32]" in refused(state, "--dataset", "shapes", "--arch", "wrn-10-2")
-    assert "not finite" in refused(state | {"fc.bias": torch.full((10,), torch.nan)}, *foreign)
-    assert "state_dict" in refused({"epoch": 3}, *foreign)
+
+FOREIGN = ("--dataset", "shapes", "--arch", "wrn-10-1")
+
+
+def test_bad_arguments(refused, checkpoint, tmp_path):
+    """Mistakes in the command end in one line that names them and the remedy, and write nothing."""
+    state = torch.load(checkpoint, weights_only=True)["model"]
     assert "--arch" in refused(state, "--dataset", "shapes")
     assert "--dataset" in refused(state, "--arch", "wrn-10-1")
     assert "--arch nn" in refused(state, "--arch", "nn", "--dataset", "shapes")
-    small = state | {"fc.weight": state["fc.weight"][:5], "fc.bias": state["fc.bias"][:5]}
-    assert "fc.bias is [5] instead of [10]" in refused(small, *foreign)
+    assert "--arch wrn-100000-1000" in refused(state, *FOREIGN[:3], "wrn-100000-1000")
+    assert "SPSA" in refused(None, "--attacks", "PGD20")
+    assert "8/255" in refused(None, "--epsilon", "8")
+    assert "give both" in refused(state, *FOREIGN, "--mean", ".5", ".5", ".5")
+    for number in (("--epsilon", "nan"), ("--n", 10 ** 12), ("--seed", 1e39), ("--n", 0),
+                   ("--batch-size", 10 ** 12), ("--std", 0, 1, 1), ("--epsilon", "1/0")):
+        assert number[0] in refused(None, *number)
+    assert "one checkpoint" in refused(None, checkpoint, "--out", tmp_path / "two.json")
+    figure = ("--attacks", "PGD-20", "CW", "--figure1", checkpoint)
+    assert "PGD-20" in refused(None, "--attacks", "FGSM", *figure[3:], "f.png")
+    assert "figure1" in refused(None, *figure, tmp_path)
+    assert "figure1" in refused(None, *figure, tmp_path / "absent" / "f.png")
+
+
+def test_other_networks_weights(refused, checkpoint, tmp_path):
+    """Weights that do not fit, mean two things, or are of a network that standardises its images
+    are refused with the key in question; shapes are compared before any memory is taken."""
+    saved = torch.load(checkpoint, weights_only=True)
+    state = saved["model"]
+    weight, bias = state["fc.weight"], state["fc.bias"]
+    renamed = {k.replace("conv1", "first"): v for k, v in state.items()}
+    assert "block1.layer.0.conv1.weight is missing" in refused(renamed, *FOREIGN)
+    assert "[16] instead of [32]" in refused(state, *FOREIGN[:3], "wrn-10-2")
+    assert "not finite" in refused(state | {"fc.bias": bias * torch.nan}, *FOREIGN)
+    small = state | {"fc.weight": weight[:5], "fc.bias": bias[:5]}
+    assert "fc.bias is [5] instead of [10]" in refused(small, *FOREIGN)
     natural = tmp_path / "natural.pt"
     torch.save(saved | {"model": small}, natural)
     assert "natural.pt does not fit" in refused(
         None, "--attacks", "PGD-20", "CW", "--figure1", natural, tmp_path / "f.png")
-    assert "SPSA" in refused(None, "--attacks", "PGD20")
-    assert "8/255" in refused(None, "--epsilon", "8")
-    assert "--figure1" in refused(None, "--attacks", "FGSM", "--figure1", checkpoint, "f.png")
-    (tmp_path / "notes.json").write_text("[1, 2]")
-    out = ("--attacks", "FGSM", "--out", tmp_path / "notes.json")
-    assert "notes.json" in refused(None, *out)
-    bad.write_bytes(b"no checkpoint")
-    assert "bad.pt" in refused(None, bad) and "absent.pt" in refused(None, tmp_path / "absent.pt")
-    assert not list(tmp_path.glob("*.eval.json")) and sorted(checkpoint.parent.iterdir()) == before
-    assert (tmp_path / "notes.json").read_text() == "[1, 2]"
+    for nothing in ({"epoch": 3}, [1, 2], torch.ones(3), {1: torch.ones(1), (1, 2): 3}):
+        assert "holds 0 state_dicts" in refused(nothing, *FOREIGN)
+    endless = {}
+    endless["model"] = endless
+    assert "holds 0 state_dicts" in refused(endless, *FOREIGN)
+    double = state | {"linear.weight": weight * 0, "linear.bias": bias * 0}
+    assert "linear.weight" in refused(double, *FOREIGN)
+    several = [state | prefixed(state, "module."), {"model": state, "ema": state}]
+    assert all("holds 2 state_dicts" in refused(content, *FOREIGN) for content in several)
+    own = {"mu": state | {"mu": torch.ones(3)}, "normalize_input": {"net": state,
+           "normalize_input": True}, "0.mean": {"0.mean": torch.ones(3), **prefixed(state, "1.")}}
+    for key, content in own.items():
+        err = refused(content, *FOREIGN)
+        assert key in err and "--mean and --std" in err
+    ints = {1: torch.ones(2), **state}
+    assert "1 is [2] instead of absent" in refused(ints, *FOREIGN)
+    for odd in (weight.to_sparse(), torch.empty(10, 64, device="meta"), torch.tensor(1.0), [1],
+                weight.long(), torch.zeros(1).expand(10 ** 9, 64)):
+        assert "fc.weight is " in refused(state | {"fc.weight": odd}, *FOREIGN)
+
+
+def test_odd_files(refused, checkpoint, tmp_path):
+    """Whatever else a file holds is one line of ours; arguments are not believed blindly."""
+    saved = torch.load(checkpoint, weights_only=True)
+    bad = tmp_path / "broken.pt"
+    for content in (b"no checkpoint", b"", checkpoint.read_bytes()[:5000]):
+        bad.write_bytes(content)
+        assert "broken.pt: is no file of torch.save, or damaged" in refused(bad)
+    assert "absent.pt: No such file" in refused(tmp_path / "absent.pt")
+    assert "holds torch.nn.modules.linear.Linear" in refused(nn.Linear(2, 2), *FOREIGN)
+    for args, word in (({"arch": ["wrn-10-1"]}, "args.arch"), ({"dataset": ["x"]}, "args.dataset"),
+                       ({"data_dir": torch.ones(2)}, "args.data_dir"), ({"tau": {}}, "args.tau"),
+                       ({"dataset": "mnist"}, "--dataset"), ({"classes": [1, {}]}, "args.classes"),
+                       ({"arch": "nn"}, "--arch nn")):
+        assert word in refused(saved | {"args": saved["args"] | args})
+
+
+def test_data_of_the_checkpoint(refused, checkpoint, tmp_path, monkeypatch, capsys):
+    """A checkpoint is tested on its own classes only; other training images are pointed out."""
+    saved = torch.load(checkpoint, weights_only=True)
+    classes = saved["args"]["classes"]
+    renamed = saved["args"] | {"classes": ["zebra", *classes[1:]]}
+    err = refused(saved | {"args": renamed})
+    assert "zebra" in err and classes[0] in err and "--data-dir" in err
+    swapped = saved["args"] | {"classes": classes[::-1]}
+    assert "in another order" in refused(saved | {"args": swapped})
+    other, command = tmp_path / "other.pt", ("--n", 5, "--attacks", "FGSM")
+    torch.save(saved | {"args": saved["args"] | {"data": "4999 images"}}, other)
+    out = ("--out", tmp_path / "o.json")
+    assert "trained on other images" in start(monkeypatch, capsys, other, *command, *out)[1]
+    assert "other images" not in start(monkeypatch, capsys, checkpoint, *command)[1]
+    checkpoint.with_name("best.n5.eval.json").unlink()
+
+
+def test_results_are_not_believed_blindly(refused, checkpoint, tmp_path, monkeypatch, capsys):
+    """A file of results is used only with all settings equal and predictions that can be."""
+    out = tmp_path / "r.json"
+    command = ("--n", 9, "--attacks", "FGSM", "--out", out)
+    start(monkeypatch, capsys, checkpoint, *command)
+    good = json.loads(out.read_text())
+    found = good["prediction"]["FGSM"]
+
+    def with_predictions(*values):
+        return good | {"prediction": good["prediction"] | {"FGSM": [*values]}}
+    no_seed = {k: v for k, v in good["settings"].items() if k != "seed"}
+    bad = [[1, 2], {}, good | {"settings": {}}, good | {"settings": no_seed},
+           good | {"settings": good["settings"] | {"more": 1}}, good | {"cost": None},
+           with_predictions(), with_predictions(*found[1:]), with_predictions(999, *found[1:]),
+           with_predictions(float("nan"), *found[1:]), with_predictions(-2, *found[1:]),
+           with_predictions(True, *found[1:]), with_predictions("1", *found[1:])]
+    for content in bad:
+        out.write_text(json.dumps(content))
+        assert "r.json is " in refused(None, *command)
+        assert json.dumps(json.loads(out.read_text())) == json.dumps(content)
+    out.write_text(json.dumps(good))
+    assert start(monkeypatch, capsys, checkpoint, *command)[0] == 0
+
+
+def test_the_file_of_results_is_tried_first(refused, checkpoint, tmp_path, monkeypatch):
+    """What will be written is tried before work begins; a second process is refused."""
+    monkeypatch.setattr(evaluate.Evaluation, "run", lambda *_: 1 / 0)
+    for out in (tmp_path, Path("/dev/full"), tmp_path / "absent" / "r.json"):
+        assert str(out) in refused(None, "--out", out)
+    monkeypatch.undo()
+    common.lock(tmp_path / ".r.json.lock")  # as another process does
+    assert "another process" in refused(None, "--n", 5, "--out", tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_logits_that_are_not_finite(refused, checkpoint, tmp_path):
+    """A network whose logits are not finite is not scored."""
+    saved = torch.load(checkpoint, weights_only=True)
+    state = saved["model"]
+    for key, value in (("bn1.running_var", -state["bn1.running_var"]),
+                       ("fc.weight", 3e38 * state["fc.weight"].sign())):
+        out = ("--attacks", "PGD-20", "--n", 20, "--out", tmp_path / f"{key}.json")
+        assert "logits are not finite" in refused(saved | {"model": state | {key: value}}, *out)
+    class Brink(Flat):  # finite on the image itself, not on an attack's way
+        def forward(self, x):
+            return super().forward(x) + 0 / ((x - 0.5).abs().amax() < 1e-3)
+    brink = Brink(3)
+    x, y = correct(brink, torch.full((1, 3, 8, 8), 0.5))
+    for name in ("FGSM", "PGD-20", "CW", "APGD-CE", "APGD-T", "FAB-T", "SQUARE", "SPSA"):
+        with pytest.raises(SystemExit):
+            own = generators(1)
+            evaluate.logits_of(brink, ATTACKS[name][0](brink, x, y, 0.1, own))
+
+
+def test_no_pass_is_larger_than_the_batch(checkpoint, monkeypatch, capsys, tmp_path):
+    """--batch-size bounds every pass through the network: attacks, SPSA's queries, the sceptic's
+    checks, Figure 1."""
+    rows, forward = [], type(common.make_model("wrn-10-1", 10)).forward
+
+    def spy(model, x):
+        rows.append(len(x))
+        return forward(model, x)
+    monkeypatch.setattr(type(common.make_model("wrn-10-1", 10)), "forward", spy)
+    monkeypatch.setitem(ATTACKS, "SPSA", (partial(evaluate.spsa, steps=1), 201))
+    status, _, _ = start(monkeypatch, capsys, checkpoint, "--n", 24, "--batch-size", 7,
+                         "--attacks", "PGD-20", "CW", "SPSA", "--epsilon", "1/255",
+                         "--figure1", checkpoint, tmp_path / "f.png", "--out", tmp_path / "r.json")
+    assert status == 0 and max(rows) == 7
 
 
 def test_torchrun_gives_the_same(checkpoint, tmp_path, monkeypatch, capsys):
@@ -890,4 +1064,4 @@ def test_torchrun_gives_the_same(checkpoint, tmp_path, monkeypatch, capsys):
     assert two.returncode == 0, two.stderr
     one, two = (json.loads((tmp_path / f).read_text()) for f in ("one.json", "two.json"))
     assert one["prediction"] == two["prediction"] and one["accuracy"] == two["accuracy"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.json", "two.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".two.json.lock", "one.json", "two.json"]

@@ -57,22 +57,19 @@ class Passes:
 
 PASSES = Passes()
 
-
 def parts(*tensors):
     """The rows of all tensors in equal parts of at most PASSES.rows."""
     n = math.ceil(len(tensors[0]) / PASSES.rows)
     return zip(*(t.tensor_split(n) for t in tensors))
 
-
 @torch.no_grad()
 def logits_of(model, x, amp=False):
     PASSES.count(len(x))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = torch.cat([model(part) for part, in parts(x)]).float()
+        logits = torch.cat([model(part) for part, in parts(x)]).to(x.dtype)
     if not logits.isfinite().all():
         fail("a network's logits are not finite: its weights are broken, or --mean and --std wrong")
     return logits
-
 
 def gradient(model, x, loss, y, *target):
     """Misclassified [N]; loss(logits, y, *target) [N, 1, 1, 1] and its gradient [N, 3, H, W]."""
@@ -81,13 +78,12 @@ def gradient(model, x, loss, y, *target):
     for part, *labels in parts(x, y, *target):
         part = part.detach().requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=PASSES.amp):
-            logits = model(part).float()
+            logits = model(part).to(x.dtype)
         value = loss(logits, *labels).view(-1, 1, 1, 1)
         grad = torch.autograd.grad(value.sum(), part)[0]
         rows.append((logits.argmax(1) != labels[0], value.detach(), grad))
     fooled, value, grad = (torch.cat(found) for found in zip(*rows))
     return confirmed(fooled, model, x, y), value, grad
-
 
 def confirmed(fooled, model, x, y):
     """[N]: with --amp float32 decides about the images that are fooled by bfloat16 logits."""
@@ -95,7 +91,6 @@ def confirmed(fooled, model, x, y):
         rows = fooled.nonzero()[:, 0]
         fooled[rows] = logits_of(model, x[rows]).argmax(1) != y[rows]
     return fooled
-
 
 class Active:
     """What an attack knows of the images that still stand, a row each: rows, their numbers in the
@@ -117,7 +112,6 @@ class Active:
         self.result[self.rows] = last
         return self.result
 
-
 def generators_of(seed, attack, index, device):
     """A torch.Generator for each image; numpy documents that SeedSequence's values stay."""
     name = zlib.crc32(attack.encode())
@@ -125,11 +119,9 @@ def generators_of(seed, attack, index, device):
     seeds = [s.generate_state(1, "uint64").item() for s in seeds]
     return [torch.Generator(device).manual_seed(s) for s in seeds]
 
-
 def uniform(generators, *shape):
     """[N, *shape] in [0, 1), row i from generator i."""
     return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
-
 
 def box(x, epsilon):
     """Lower and upper bound of the allowed images: within epsilon of x and in [0, 1]."""
@@ -181,10 +173,6 @@ def pgd(model, x, y, epsilon, generators, steps=20, step_size=1 / 255, loss=cros
     return s.finish(s.z)
 
 
-# iterations, of 100, after which APGD looks at its step size: length of the window before
-WINDOWS = {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
-
-
 def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, steps=100):
     """Auto-PGD (Croce & Hein 2020b, Algorithm 1): momentum, each image finds its own step size."""
     low, high = box(x, epsilon)
@@ -196,6 +184,7 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
     s.value = torch.full_like(s.step, torch.inf)  # the start is no rise
     s.best_value = s.best_value_at_check = -s.value
     s.rises, s.halved = torch.zeros_like(s.step), torch.ones_like(s.step, dtype=torch.bool)
+    windows = {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}  # end: length
     for k in range(steps):
         s.value_prev = s.value
         fooled, s.value, s.grad = gradient(model, s.z, loss, s.y, s.target)
@@ -206,9 +195,9 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
         s.best = torch.where(better, s.z, s.best)
         s.best_grad = torch.where(better, s.grad, s.best_grad)
         s.best_value = torch.maximum(s.value, s.best_value)
-        if k in WINDOWS:  # halve the step and go back to the best point where the loss is stuck
+        if k in windows:  # halve the step and go back to the best point where the loss is stuck
             no_gain = ~s.halved & (s.best_value <= s.best_value_at_check)
-            s.halved = (s.rises <= 0.75 * WINDOWS[k]) | no_gain
+            s.halved = (s.rises <= 0.75 * windows[k]) | no_gain
             s.step = torch.where(s.halved, s.step / 2, s.step)
             s.z = torch.where(s.halved, s.best, s.z)
             s.grad = torch.where(s.halved, s.best_grad, s.grad)
@@ -309,9 +298,8 @@ def spsa(model, x, y, epsilon, generators, steps=20, samples=100, delta=0.001, l
     size = (-(-samples // 8), 1, *x.shape[1:])  # of random bytes, 8 signs from each
     for k in range(1, steps + 1):
         s.grad = torch.empty_like(s.z)
-        for i, row in enumerate(s.rows.tolist()):
-            octets = torch.empty(size, dtype=torch.uint8, device=x.device)
-            octets.random_(generator=generators[row])
+        for i, g in enumerate(generators[row] for row in s.rows.tolist()):
+            octets = torch.randint(256, size, generator=g, device=x.device, dtype=torch.uint8)
             v = (octets >> bits & 1).flatten(0, 1)[:samples] * 2.0 - 1
             f = logits_of(model, torch.cat([s.z[i] + delta * v, s.z[i] - delta * v]))
             ahead, behind = margin(f, s.y[i].expand(2 * samples)).chunk(2)
@@ -408,11 +396,9 @@ METHODS = {
 
 
 def paper_method(args):
-    """The paper's name for what a checkpoint of ours was trained with and which settings are not
-    the paper's; None if it has no row."""
+    """The paper's name for what a checkpoint of ours is, and what differs; None: it has no row."""
     alpha = {"tinyimagenet": 6.345}.get(args["dataset"], 5.345)  # section 5.1
-    beta = {"cifar100": 96, "tinyimagenet": 96}.get(args["dataset"], 86)
-    tau = args["tau"]
+    beta, tau = {"cifar100": 96, "tinyimagenet": 96}.get(args["dataset"], 86), args["tau"]
     if args["arch"].startswith("wrn"):
         alpha = 2.345
     if not args["beta"]:  # no mHuber
@@ -443,11 +429,10 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(SAFE):
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets
-        why, found = "is no file of torch.save, or damaged", str(error)
+        found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)", str(error))
+        why = f"holds {found[1] or found[2]}" if found else "is no file of torch.save, or damaged"
         if isinstance(error, OSError) and error.filename:
             why = error.strerror
-        elif found := re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)", str(error)):
-            why = f"holds {found[1] or found[2]}"
         fail(f"{path}: {why}; give a checkpoint, or a state_dict: tensors, numbers and text alone "
              "are unpickled")
     args = saved.get("args") if isinstance(saved, dict) else None
@@ -469,11 +454,6 @@ def leaves(value, path=()):
         yield ".".join(path), value
 
 
-def is_plain(value):
-    return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point() \
-        and not value.is_meta
-
-
 def load_network(path, values, arch, args, num_classes):
     """The network in eval mode. Foreign weights may have wrappers and prefixes (WRAPPER), TRADES'
     unused sub_block1 and the usual ResNet-18's names linear and shortcut."""
@@ -490,13 +470,14 @@ def load_network(path, values, arch, args, num_classes):
         elif not re.match("sub_block1|.*num_batches_tracked", name):
             if name in sets.setdefault(prefix, {}):
                 fail(f"{path}: {key} and another key mean {name}; save the one that is meant")
-            sets[prefix][name] = value
+            plain = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+            sets[prefix][name] = value if plain and value.is_floating_point() else None
     sets = {prefix or "top": state for prefix, state in sets.items() if state.keys() & want.keys()}
     if len(sets) != 1:
         fail(f"{path}: holds {len(sets)} state_dicts of {arch} {list(sets)}; save the one that is "
              "meant, or choose another --arch")
     state, = sets.values()
-    have = {key: list(value.shape) if is_plain(value) else "no plain tensor of floats"
+    have = {key: "no plain tensor of floats" if value is None else list(value.shape)
             for key, value in state.items()}
     wrong = [f"{key} is {have.get(key, 'missing')} instead of {want.get(key, 'absent')}"
              for key in sorted(want | have) if want.get(key) != have.get(key)]
@@ -524,10 +505,9 @@ class Evaluation:
             fail(f"{path}: says not what it was trained on, or what it is; give --dataset, --arch")
         data = load_data(dataset, args.data_dir or trained.get("data_dir") or "data")
         total, self.classes = len(data.x_test), len(data.classes)
-        ours = list(data.classes)
-        theirs = trained.get("classes", ours)
-        if theirs != ours:
-            differ = sorted(set(theirs) ^ set(ours))[:5] or "in another order"
+        classes = trained.get("classes", list(data.classes))
+        if classes != list(data.classes):
+            differ = sorted(set(classes) ^ set(data.classes))[:5] or "in another order"
             fail(f"{path}: {dataset} has other classes than it was trained on: {differ}; choose "
                  "another --dataset or --data-dir")
         if trained.get("data") not in (None, common.fingerprint(data.x_train, data.y_train)):
@@ -543,10 +523,10 @@ class Evaluation:
                          "program": zlib.crc32(Path(__file__).read_bytes())}
         self.model = model.to(device, memory_format=torch.channels_last)
         self.path, self.device, self.group = path, device, group
-        self.method, self.paper = args.method, {}
+        self.method, self.paper = args.method or "no row of the paper", {}
         alike = args.method or path  # a mean is of foreign weights of one method
         if trained:  # or of runs that differ in the seed alone
-            self.method = args.method or paper_method(trained) or trained["method"]
+            self.method = args.method or paper_method(trained) or str(trained["method"])
             varies = ("seed", "run_dir", "data_dir", "device", "resume")
             alike = Path(path).name, str([v for k, v in trained.items() if k not in varies])
         self.alike = dataset, arch, self.method, self.settings["images"], alike
@@ -560,12 +540,9 @@ class Evaluation:
         self.out = Path(args.out or Path(path).with_name(name))
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
         self.cost, self.summary = {}, {}
-        print0(f"{path}: {self.method or 'no row of the paper'}, {arch} on {dataset}, {len(order)} "
-               f"of {total} test images, epsilon {255 * args.epsilon:g}/255, seed {args.seed}")
-        if args.mean:
-            print0(f"its images are standardised: mean {args.mean}, std {args.std}")
-        if args.amp:
-            print0("attacks that use gradients run it in bfloat16; float32 decides")
+        other = {k: self.settings[k] for k in ("mean", "std", "amp") if self.settings[k]}
+        print0(f"{path}: {self.method}, {arch} on {dataset}, {len(order)} of {total} test images, "
+               f"epsilon {255 * args.epsilon:g}/255, seed {args.seed} {other or ''}")
 
     def open(self):
         """Take the file of results and what it holds; a second process is refused."""
@@ -586,11 +563,11 @@ class Evaluation:
                 self.cost[title] = {k: 0 + cost[k] for k in ("seconds", "forward", "backward")}
             other = [key for key in sorted(settings | self.settings)
                      if (key in settings, settings.get(key)) != (True, self.settings.get(key))]
-            for name, found in old["prediction"].items():
-                assert {type(p) for p in found} == {int} and name in self.prediction
-                assert -1 <= min(found) <= max(found) < self.classes
-                assert other or len(found) == len(self.label)
-                self.prediction[name] = torch.tensor(found)
+            for name, found in () if other else old["prediction"].items():
+                whole = {type(p) for p in found} == {int} and len(found) == len(self.label)
+                if not whole or not {*found} <= {*range(-1, self.classes)}:
+                    raise ValueError
+                self.prediction[name].copy_(torch.tensor(found))
         except Exception:  # anything may stand in it
             fail(f"{self.out} is no result of evaluate.py; move it or choose another --out")
         if other:
@@ -661,31 +638,26 @@ class Evaluation:
 # ------------------------------ the output
 def table(evaluations, columns):
     """Markdown: a row for each; below those that are alike the mean, the paper, the difference."""
-    lines = []
+    def shown(cells):
+        return [f"{value:.2f} ± {half:.2f}" for value, half in cells.values()]
 
-    def line(name, cells, form):
-        cells = [form.format(*cells[c]) if c in cells else "-" for c in columns]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-
-    line("Method", {c: [c] for c in columns}, "{}")
-    lines.append("|---" * (1 + len(columns)) + "|")
+    lines = [["Method", *columns], ["---"] * (1 + len(columns))]
     for alike in dict.fromkeys(e.alike for e in evaluations):
         group = [e for e in evaluations if e.alike == alike]
-        method, paper, cells = group[0].method or "?", group[0].paper, group[0].cells
-        for e in group:
-            line(f"{method} ({e.path})", e.cells, "{:.2f} ± {:.2f}")
-        if len(group) > 1:
-            k, values = len(group), {c: [e.cells[c][0] for e in group] for c in columns}
+        k, method, paper, cells = len(group), group[0].method, group[0].paper, group[0].cells
+        lines += [[f"{method} ({e.path})", *shown(e.cells)] for e in group]
+        if k > 1:
+            values = {c: [e.cells[c][0] for e in group] for c in columns}
             t = 1.96 + 2.6 / (k - 1)  # about Student's, which for 2 to 10 values is
             if k < 11:
                 t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[k - 2]
             cells = {c: (np.mean(v), t * np.std(v, ddof=1) / k ** 0.5) for c, v in values.items()}
-            line(f"{method}, mean of {len(group)}", cells, "{:.2f} ± {:.2f}")
+            lines.append([f"{method}, mean of {k}", *shown(cells)])
         if paper:
-            line(f"paper, {method}", {c: [paper[c]] for c in paper}, "{:.2f}")
-            cells = {c: [cells[c][0] - paper[c]] for c in paper.keys() & cells}
-            line("difference", cells, "{:+.2f}")
-    return "\n".join(lines)
+            both = [f"{cells[c][0] - paper[c]:+.2f}" if c in paper else "-" for c in columns]
+            paper = [f"{paper[c]:.2f}" if c in paper else "-" for c in columns]
+            lines += [[f"paper, {method}", *paper], ["difference", *both]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sceptic(e, points):
@@ -694,11 +666,8 @@ def sceptic(e, points):
     if not len(rows):
         return ["SUSPECT no image is classified correctly"]
     x, y, generators = e.batch(rows, "sceptic")
-    lines, of_all = [], f"of {len(x)} images"
+    checks, of_all = {}, f"of {len(x)} images"  # {text: whether it is so}
     slack = max(0.2, 100 / len(e.label)) + 1e-9  # points; among few images, one
-
-    def check(passed, text):
-        lines.append(f"{'pass   ' if passed else 'SUSPECT'} {text}")
 
     def left(x_adv):
         return 100 * (logits_of(e.model, x_adv).argmax(1) == y).float().mean().item()
@@ -710,24 +679,24 @@ def sceptic(e, points):
         black["AA with SQUARE"] = points["AA"]
     if white and black:
         w, b = min(white, key=white.get), min(black, key=black.get)
-        check(black[b] >= white[w] - slack, f"black box not stronger than white box: {b} leaves "
-              f"{black[b]:.2f} %, {w} {white[w]:.2f} %")
+        checks[f"black box not stronger than white box: {b} leaves {black[b]:.2f} %, {w} "
+               f"{white[w]:.2f} %"] = black[b] >= white[w] - slack
     if {"PGD-20", "PGD-100"} <= points.keys():
         short, long = points["PGD-20"], points["PGD-100"]
-        check(long <= short + slack, f"more steps: PGD-20 leaves {short:.2f} %, -100 {long:.2f} %")
+        checks[f"PGD: {short:.2f} % after 20 steps, {long:.2f} % after 100"] = long <= short + slack
     stand = left(pgd(e.model, x, y, 64 / 255, generators, 20, 8 / 255))
-    check(stand <= 5, f"epsilon 64/255 breaks nearly all: PGD-20 leaves {stand:.1f} % {of_all}")
+    checks[f"epsilon 64/255 breaks nearly all: PGD-20 leaves {stand:.1f} % {of_all}"] = stand <= 5
     low, high = box(x, e.settings["epsilon"])
     stand = left(low + (high - low) * uniform(generators, *x.shape[1:]))
-    check(stand >= 90, f"uniform noise in the box costs little: it leaves {stand:.1f} % {of_all}")
+    checks[f"uniform noise costs little: it leaves {stand:.1f} % {of_all}"] = stand >= 90
     zero = int((linf_norm(gradient(e.model, x, cross_entropy, y)[2]) == 0).sum())
-    check(not zero, f"the gradient of the cross-entropy is not zero: it is for {zero} {of_all}")
+    checks[f"cross-entropy's gradient is not zero: it is for {zero} {of_all}"] = zero == 0
     z = logits_of(e.model, x)
     spread = ((logits_of(e.model, x) - z).abs().max() / z.abs().max()).item()
-    check(spread < 1e-4, f"two calls agree: the logits differ by {spread:.1g} of the largest")
-    check(z.min() < 0 or (z.sum(1) - 1).abs().max() > 1e-4,
-          f"outputs are logits, not probabilities: from {z.min():.3g} to {z.max():.3g}")
-    return lines
+    checks[f"two calls agree: logits differ by {spread:.1g} of the largest"] = spread < 1e-4
+    logits = z.min() < 0 or (z.sum(1) - 1).abs().max() > 1e-4
+    checks[f"logits, not probabilities: from {z.min():.3g} to {z.max():.3g}"] = logits
+    return [f"{'pass   ' if passed else 'SUSPECT'} {text}" for text, passed in checks.items()]
 
 
 def figure1(path, natural, e):
@@ -766,8 +735,7 @@ def parse_args():
     add = parser.add_argument
     methods = list(dict.fromkeys(method for _, _, method in ROWS))
     add("checkpoints", nargs="+", help="best.pt or last.pt, or foreign weights")
-    add("--attacks", nargs="+", default=COLUMNS[1:], choices=COLUMNS, metavar="NAME",
-        help=f"of {' '.join(COLUMNS)}")
+    add("--attacks", nargs="+", default=COLUMNS[1:], choices=COLUMNS, help="columns of the table")
     add("--n", type=number(1, kind=int), help="so many test images, drawn once (default: all)")
     add("--epsilon", type=number(0, 1), default="8/255", help="radius")
     add("--batch-size", type=number(1, kind=int), help="images in one pass of the network (512 on "
@@ -778,8 +746,7 @@ def parse_args():
     add("--mean", type=number(0, 1), nargs=3, metavar="C", help="of R, G and B, and")
     add("--std", type=number(1e-3, 1), nargs=3, metavar="C", help="for networks that standardise")
     add("--amp", action="store_true", help="gradients in bfloat16; decisions stay in float32")
-    add("--method", choices=methods, metavar="NAME",
-        help=f"the paper's row to compare with: {'; '.join(methods)}")
+    add("--method", choices=methods, help="of foreign weights: the paper's row to compare with")
     add("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
     add("--seed", type=number(0, 2 ** 31 - 1, kind=int), default=0, help="of the attacks")
     add("--out", help="the file of the results, for one checkpoint (default: see above)")
@@ -790,10 +757,9 @@ def parse_args():
     if (args.mean is None) != (args.std is None):
         fail("--mean and --std: give both")
     picture = Path(args.figure1[1] if args.figure1 else "figure1.png")
-    if picture.is_dir() or not picture.parent.is_dir():
-        fail(f"--figure1: {picture} is a folder or its folder is not there; choose another")
-    if args.figure1 and not {"PGD-20", "CW"} <= set(args.attacks):
-        fail("--figure1: needs PGD-20 and CW among --attacks")
+    able = not args.figure1 or {"PGD-20", "CW"} <= set(args.attacks)
+    if not able or picture.is_dir() or not picture.parent.is_dir():
+        fail("--figure1: needs PGD-20 and CW among --attacks and a file in a folder that exists")
     return args
 
 
@@ -802,11 +768,9 @@ def main():
     warnings.simplefilter("ignore")  # torch's about what foreign files hold
     device = common.setup(args.device)
     torch.backends.cudnn.benchmark = False  # batches vary in size
-    PASSES.rows = args.batch_size or (512 if device.type == "cuda" else 64)
-    PASSES.amp = args.amp
-    group, load_data = None, cache(common.load_data)
-    if WORLD > 1:  # all processes, and patient
-        group = new_group(backend="gloo", timeout=timedelta(days=30))
+    PASSES.amp, PASSES.rows = args.amp, args.batch_size or (512 if device.type == "cuda" else 64)
+    group = new_group(backend="gloo", timeout=timedelta(days=30)) if WORLD > 1 else None
+    load_data = cache(common.load_data)
     evaluations = [Evaluation(path, args, load_data, device, group) for path in args.checkpoints]
     if args.figure1:
         values, trained = read_checkpoint(args.figure1[0])

@@ -41,8 +41,7 @@ def parse_args():
     add("--attack-loss", default="margin+ce", choices=["margin+ce", "ce"], help="PGD's")
     # the outer minimisation: the weights
     add("--delta", type=number(0), default=0.9, help="margin of L' (eq. 13)")
-    add("--margin-reduction", default="mean", choices=["mean", "sum"],
-        help="over the classes in L'; the sum is as printed")
+    add("--margin-reduction", default="mean", choices=["mean", "sum"], help="of L' over classes")
     add("--margin-weight", type=number(0), default=1.0, help="of L' in the loss; 0 removes it")
     add("--alpha", type=number(1e-3), help="of mHuber; the paper's for data set and network")
     add("--beta", type=number(0), help="weight of mHuber; the paper's for the data set")

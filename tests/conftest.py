@@ -1,4 +1,5 @@
-"""The project's scripts are imported from the folder above; one thread keeps small tensors fast and results repeatable."""
+"""The scripts are imported from the folder above; one thread keeps small tensors fast and results
+repeatable."""
 import sys
 from pathlib import Path
 

@@ -1,6 +1,9 @@
-"""common.py: networks, PGD, augmentation, every data set from small files in its real format, one-line errors."""
+"""common.py: networks, PGD, batches, every data set from small files in its real layout, one-line
+errors."""
+import errno
 import hashlib
 import pickle
+import shutil
 import tarfile
 import zipfile
 from argparse import ArgumentTypeError
@@ -17,74 +20,117 @@ import common
 CE = F.cross_entropy
 
 
-def trained_looking(arch, classes=10):
+def trained_looking(arch):
     """A network whose batch norms have seen data, so that folding them is not the identity."""
     torch.manual_seed(0)
-    model = common.make_model(arch, classes)
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(m.weight, 0.5, 1.5)
-            torch.nn.init.normal_(m.bias, std=0.2)
+    model = common.make_model(arch, 10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.2)
     for _ in range(2):
-        model(torch.rand(16, 3, 32, 32))
+        model(torch.rand(8, 3, 16, 16))
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+def refused(capsys, function, *args):
+    """The one line with which `function` ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
 
-@pytest.mark.parametrize("arch, parameters", [("resnet18", 11_173_962), ("wrn-34-10", 46_160_474)])
-def test_networks_have_the_published_sizes(arch, parameters):
+
+# ------------------------------------------------------------------------------------ networks
+
+@pytest.mark.parametrize("arch, size", [("resnet18", 11_173_962), ("wrn-34-10", 46_160_474)])
+def test_networks_have_the_published_sizes(arch, size):
     """ResNet-18 has 11,173,962 and WRN-34-10 46,160,474 parameters for 10 classes."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in common.make_model(arch, 10).parameters()) == parameters
+        assert sum(p.numel() for p in common.make_model(arch, 10).parameters()) == size
 
 
-def test_wide_resnet_has_the_fields_parameter_names():
-    names = set(common.make_model("wrn-10-2", 10).state_dict())
-    assert {"conv1.weight", "block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "block3.layer.0.conv2.weight",
-            "bn1.running_mean", "fc.bias"} <= names and not any("sub_block" in n for n in names)
+def batch_norm(prefix):
+    return [prefix + name for name in
+            ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
 
-@pytest.mark.parametrize("size, classes", [(32, 10), (64, 200), (32, 3)])
+def wide_resnet_names(depth):
+    """The names of the field's WideResNet files (TRADES)."""
+    names = ["conv1.weight", *batch_norm("bn1."), "fc.weight", "fc.bias"]
+    for i in (1, 2, 3):
+        for j in range((depth - 4) // 6):
+            block = f"block{i}.layer.{j}."
+            names += batch_norm(f"{block}bn1.") + batch_norm(f"{block}bn2.")
+            names += [f"{block}conv1.weight", f"{block}conv2.weight"]
+        names.append(f"block{i}.layer.0.convShortcut.weight")
+    return names
+
+
+def resnet18_names():
+    """torchvision's names."""
+    names = ["conv1.weight", *batch_norm("bn1."), "fc.weight", "fc.bias"]
+    for i in (1, 2, 3, 4):
+        for j in (0, 1):
+            for k in (1, 2):
+                names += [f"layer{i}.{j}.conv{k}.weight", *batch_norm(f"layer{i}.{j}.bn{k}.")]
+        if i > 1:
+            names += [f"layer{i}.0.downsample.0.weight", *batch_norm(f"layer{i}.0.downsample.1.")]
+    return names
+
+
+@pytest.mark.parametrize("arch, names", [("resnet18", resnet18_names()),
+                                         ("wrn-16-2", wide_resnet_names(16))])
+def test_checkpoints_keep_the_fields_names(arch, names):
+    """Weights named as torchvision and TRADES name them load; there is no name besides."""
+    with torch.device("meta"):
+        model = common.make_model(arch, 10)
+    assert sorted(model.state_dict()) == sorted(names)
+
+
+@pytest.mark.parametrize("size, classes", [((32, 32), 10), ((64, 64), 200), ((24, 16), 3)])
 @pytest.mark.parametrize("arch", ["resnet18", "wrn-10-1"])
-def test_networks_take_32_and_64_pixels_and_any_number_of_classes(arch, size, classes):
+def test_networks_take_any_size_and_number_of_classes(arch, size, classes):
     with torch.no_grad():
-        assert common.make_model(arch, classes)(torch.rand(2, 3, size, size)).shape == (2, classes)
+        model = common.make_model(arch, classes)
+        assert model(torch.rand(2, 3, *size)).shape == (2, classes)
 
 
-@pytest.mark.parametrize("arch", ["wrn-12-1", "wrn-4-1", "wrn-10-0", "resnet50", "wrn-10"])
+@pytest.mark.parametrize("arch", ["wrn-12-1", "wrn-4-1", "wrn-10-0", "resnet50", "wrn-10",
+                                  "wrn-100000-1000"])
 def test_an_impossible_network_is_refused_in_one_line(arch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.make_model(arch, 10)
-    assert stop.value.code == 2 and arch in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert arch in refused(capsys, common.make_model, arch, 10)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("arch", ["resnet18", "wrn-16-2"])
+def test_folding_batch_norm_changes_no_value(arch, dtype, tolerance, monkeypatch):
+    """conv_bn in eval mode: logits and input gradients are those of bn(conv(x))."""
+    model, x = trained_looking(arch).to(dtype).eval(), torch.rand(4, 3, 16, 16, dtype=dtype)
+    found = []
+    for conv_bn in (common.conv_bn, lambda conv, bn, x: bn(conv(x))):
+        monkeypatch.setattr(common, "conv_bn", conv_bn)
+        z = model(x.requires_grad_())
+        found.append((z, torch.autograd.grad(z.square().sum(), x)[0]))
+    (folded, g), (plain, h) = found
+    assert (folded - plain).norm() < tolerance * plain.norm()
+    assert (g - h).norm() < 100 * tolerance * h.norm()  # a ReLU at 0 may fall on either side
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "wrn-16-2"])
-def test_folded_twin_is_the_eval_network_and_follows_its_weights(arch):
-    """Same logits and input gradients up to rounding, before and after a training step; the network is left untouched."""
-    model = trained_looking(arch)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    twin = common.fold_batchnorm(model)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and model.training
-    left = sum(isinstance(twin.get_submodule(n.target), torch.nn.BatchNorm2d) for n in twin.graph.nodes if n.op == "call_module")
-    assert left == (0 if arch == "resnet18" else 6)  # all but a WRN's bn1 after an addition
-    x = torch.rand(4, 3, 32, 32, requires_grad=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model.eval()
-        a, b = model(x), twin(x)
-        ga, gb = (torch.autograd.grad(z.square().sum(), x)[0] for z in (a, b))
-        assert torch.allclose(a, b, atol=1e-5 * a.abs().max().item())
-        assert (ga - gb).norm() < 1e-2 * ga.norm()  # a ReLU at 0 may fall on either side
-        model.train()
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        twin.refresh()
-    assert not torch.allclose(b, twin(x), atol=1e-3)  # the step did change the logits
+def test_training_mode_folds_nothing(arch, monkeypatch):
+    """In training mode logits and running statistics are those of bn(conv(x)), bit for bit."""
+    found = []
+    for conv_bn in (common.conv_bn, lambda conv, bn, x: bn(conv(x))):
+        monkeypatch.setattr(common, "conv_bn", conv_bn)
+        model = trained_looking(arch)
+        logits = model(torch.linspace(0, 1, 4 * 3 * 256).view(4, 3, 16, 16))
+        found.append([logits, *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-# ----------------------------------------------------------------------------------------------------------------- PGD
+# ----------------------------------------------------------------------------------------- PGD
 
 def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
     model, x, y = trained_looking("wrn-10-1"), torch.rand(8, 3, 32, 32), torch.arange(8)
@@ -92,8 +138,9 @@ def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
     x[1] = 1
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x_adv = common.pgd(model, x, lambda z: CE(z, y), epsilon=8 / 255, step_size=2 / 255, steps=10)
-    assert (x_adv - x).abs().max() <= 8 / 255 + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert (x_adv - x).abs().max() <= 8 / 255 + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert not x_adv.requires_grad and model.training
+    assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     model.eval()
     with torch.no_grad():
@@ -102,138 +149,318 @@ def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
     assert not model.training
 
 
-def test_pgd_on_a_linear_model_is_the_corner_of_the_box():
-    """Linear logits: the maximum of CE for two classes is x + epsilon sign(w), reached when steps x step size > epsilon."""
+class Linear(torch.nn.Module):
+    """Two logits, 0 and w x; keeps what it was given."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w, self.seen = w, []
+
+    def forward(self, x):
+        self.seen.append(x.detach())
+        return torch.stack([0 * x.flatten(1) @ self.w, x.flatten(1) @ self.w], 1)
+
+
+def test_pgd_on_a_linear_model_walks_to_the_corner_of_the_box():
+    """CE of class 0 is highest at x + epsilon sign(w), reached in epsilon / step size steps."""
     w = torch.randn(3 * 4 * 4, generator=torch.Generator().manual_seed(0))
-    x = torch.full((1, 3, 4, 4), 0.5)
-    x_adv = common.pgd(lambda x: torch.stack([0 * x.flatten(1) @ w, x.flatten(1) @ w], 1), x,
-                       lambda z: CE(z, torch.tensor([0])), epsilon=0.1, step_size=0.02, steps=10)
-    assert torch.allclose(x_adv, x + 0.1 * w.view(1, 3, 4, 4).sign())
+    x, sign = torch.full((1, 3, 4, 4), 0.5), w.view(1, 3, 4, 4).sign()
+    for steps, distance in ((1, 0.02), (3, 0.06), (10, 0.1)):
+        x_adv = common.pgd(Linear(w), x, lambda z: CE(z, torch.tensor([0])), 0.1, 0.02, steps, x)
+        assert torch.allclose(x_adv, x + distance * sign)
 
 
 def test_pgd_starts_as_algorithm_1():
     """The first iterate is x + 0.001 N(0, I), not projected; a start that is given is taken."""
-    seen = []
-    x = torch.rand(4, 3, 32, 32)
+    model, x = Linear(torch.ones(3 * 32 * 32)), torch.rand(4, 3, 32, 32)
     torch.manual_seed(0)
-    common.pgd(lambda x: (seen.append(x.detach()), x.flatten(1)[:, :5])[1], x, lambda z: z.sum(), steps=1)
-    noise = (seen[0] - x) / 0.001
+    common.pgd(model, x, lambda z: z.sum(), steps=1)
+    noise = (model.seen[0] - x) / 0.001
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and noise.abs().max() > 3
-    common.pgd(lambda x: (seen.append(x.detach()), x.flatten(1)[:, :5])[1], x, lambda z: z.sum(), steps=1, start=x + 0.01)
-    assert torch.equal(seen[1], x + 0.01)
+    common.pgd(model, x, lambda z: z.sum(), steps=1, start=x + 0.01)
+    assert torch.equal(model.seen[1], x + 0.01)
 
+
+def test_accuracy_attacks_with_what_it_is_told():
+    """Clean and PGD accuracy of a linear model whose images stand 6/255 from the boundary: 8/255
+    breaks all of them in 16 steps of 1/255, and none in 2, whatever the start; 4/255 none."""
+    w = torch.cat([torch.ones(24), -torch.ones(24)])
+    x = 128 + torch.tensor([12, 12, 12, 0, 0, 0]).view(-1, 1) * (w > 0)
+    x = x + torch.tensor([0, 0, 0, 12, 12, 12]).view(-1, 1) * (w < 0)
+    x, y = x.byte().view(6, 3, 4, 4), torch.tensor([1, 1, 1, 0, 0, 1])  # the last is wrong
+    clean = 100 * 5 / 6
+    for epsilon, steps, robust in ((8 / 255, 16, 0), (8 / 255, 2, clean), (4 / 255, 16, clean),
+                                   (0, 16, clean)):
+        found = common.accuracy(Linear(w), x, y, epsilon, 1 / 255, steps, batch_size=4)
+        assert found == pytest.approx([clean, robust])
+
+
+# ------------------------------------------------------------------------------------- batches
 
 def test_augment_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
-    """Each image against all 81 x 2 windows that it may be; offsets and flips are the images' own."""
-    x = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    out, padded, found = (common.augment(x) * 255).round().byte(), F.pad(x, (4, 4, 4, 4)), set()
+    """Each image against all 81 x 2 windows that it may be; offsets and flips are its own."""
+    x = torch.randint(1, 256, (64, 3, 8, 12), dtype=torch.uint8)
+    out, padded, found = common.augment(x), F.pad(x, (4, 4, 4, 4)), set()
+    assert out.dtype == torch.float32 and 0 <= out.min() and out.max() <= 1
+    out = (out * 255).round().byte()
     for i in range(64):
-        match = [(r, c, flip) for r in range(9) for c in range(9) for flip in (False, True)
-                 if torch.equal(out[i].flip(2) if flip else out[i], padded[i, :, r:r + 8, c:c + 8])]
+        match = [(top, left, flip) for top in range(9) for left in range(9) for flip in (0, 1)
+                 if torch.equal(out[i].flip(2) if flip else out[i],
+                                padded[i, :, top:top + 8, left:left + 12])]
         assert len(match) == 1
         found.add(match[0])
-    assert len(found) > 40 and 10 < sum(f for *_, f in found) < len(found) - 10
+    assert len(found) > 40 and 10 < sum(flip for *_, flip in found) < len(found) - 10
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+def test_an_epoch_is_a_new_order_of_all_images_with_their_labels_and_rows():
+    """Whole batches, no image twice, augmented; (seed, epoch) alone decides, whatever was drawn
+    before; another epoch or seed is another order and other crops."""
+    y = torch.arange(23)
+    x = y.byte().view(-1, 1, 1, 1).repeat(1, 3, 8, 8) + 1
+
+    def epoch(seed, number):
+        torch.rand(1)
+        return list(common.shuffled_batches(x, y, 5, seed, number))
+    batches = epoch(0, 1)
+    rows = torch.cat([rows for _, _, rows in batches])
+    assert len(batches) == 4 and len(rows) == 20 and len(set(rows.tolist())) == 20
+    assert not torch.equal(rows, rows.sort()[0])
+    for images, labels, rows in batches:
+        assert torch.equal(labels, y[rows]) and images.dtype == torch.float32
+        assert torch.equal((images * 255).round().amax((1, 2, 3)), labels + 1.0)
+    assert any((images == 0).any() for images, _, _ in batches)  # the padding
+    for a, b in zip(batches, epoch(0, 1)):
+        assert all(torch.equal(s, t) for s, t in zip(a, b))
+    for other in (epoch(0, 2), epoch(1, 1)):
+        assert not torch.equal(batches[0][2], other[0][2])
+        assert not torch.equal(batches[0][0] > 0, other[0][0] > 0)
+
+
+def test_held_out_images_are_no_training_images_and_the_same_for_every_seed():
+    x = torch.arange(40).byte().view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
+    data = common.Data(x, torch.arange(40), x[:2] + 100, torch.arange(2), ["a", "b"])
+    torch.manual_seed(1)
+    x_train, y_train, x_val, y_val = common.hold_out(data, 10, "cpu")
+    torch.manual_seed(2)
+    assert torch.equal(common.hold_out(data, 10, "cpu")[3], y_val)
+    assert len(x_train) == 30 and sorted(torch.cat([y_train, y_val]).tolist()) == list(range(40))
+    assert torch.equal(x_val[:, 0, 0, 0], y_val) and torch.equal(x_train[:, 0, 0, 0], y_train)
+    assert len(common.hold_out(data, 0, "cpu")[0]) == 40
+
+
+# ---------------------------------------------------------------------------------------- data
 
 def check(data, train, test, size, classes):
-    assert data.x_train.shape == (train, 3, size, size) and data.x_test.shape == (test, 3, size, size)
-    assert data.x_train.dtype == data.x_test.dtype == torch.uint8 and data.num_classes == classes
-    assert data.y_train.shape == (train,) and data.y_test.shape == (test,) and data.y_train.dtype == torch.int64
+    assert data.x_train.shape == (train, 3, size, size) and data.x_train.dtype == torch.uint8
+    assert data.x_test.shape == (test, 3, size, size) and data.x_test.dtype == torch.uint8
+    assert data.y_train.shape == (train,) and data.y_train.dtype == torch.int64
+    assert data.y_test.shape == (test,) and list(data.classes) == classes
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_from_its_archive(name, tmp_path, monkeypatch):
-    """The pickled batches inside the tar archive, as published (pixel order: channel, row, column)."""
+@pytest.fixture
+def no_network(monkeypatch):
+    """Downloads fail, and are counted."""
+    tried = []
+
+    def urlopen(*args, **kwargs):
+        tried.append(args)
+        raise OSError("no route to host")
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    return tried
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
+
+
+def cifar(name, path, monkeypatch):
+    """The pickled batches in the folder as published (channel, row, column); their checksums."""
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    key, pixels = ("labels", "fine_labels")[name == "cifar100"], np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
-    base, source = tmp_path / kind.base_folder, tmp_path / "source"
-    source.mkdir()
-
-    def md5(path):
-        return hashlib.md5(path.read_bytes()).hexdigest()
+    base = path / kind.base_folder
+    base.mkdir()
 
     def write(file, content):
-        path = source / file
-        path.write_bytes(pickle.dumps(content))
-        return [file, md5(path)]
-    batches = {"train": [f for f, _ in kind.train_list], "test": [f for f, _ in kind.test_list]}
-    for split, files in batches.items():
-        monkeypatch.setattr(kind, f"{split}_list", [write(f, {"data": pixels, key: [3, 1, 0, 2]}) for f in files])
-    file, md5_meta = write(kind.meta["filename"], {kind.meta["key"]: [f"class{i}" for i in range(4)]})
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5_meta})
-    with tarfile.open(tmp_path / kind.filename, "w:gz") as tar:
-        tar.add(source, kind.base_folder)
-    monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / kind.filename))
+        (base / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5((base / file).read_bytes()).hexdigest()]
+    batch = {"data": PIXELS, "labels": [3, 1, 0, 2], "fine_labels": [3, 1, 0, 2]}
+    if name == "cifar100":
+        del batch["labels"]
+    for split in ("train_list", "test_list"):
+        files = [write(file, batch) for file, _ in getattr(kind, split)]
+        monkeypatch.setattr(kind, split, files)
+    meta = write(kind.meta["filename"], {kind.meta["key"]: ["cat", "dog", "elk", "fox"]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
+    return kind, base
 
-    data = common.load_data(name, tmp_path)
-    assert base.is_dir()
-    check(data, 4 * len(batches["train"]), 4, 32, 4)
-    assert torch.equal(data.x_test[2], torch.from_numpy(pixels[2].reshape(3, 32, 32))) and data.y_test.tolist() == [3, 1, 0, 2]
+
+@pytest.mark.parametrize("name, batches", [("cifar10", 5), ("cifar100", 1)])
+@pytest.mark.parametrize("place", ["archive", "folder", "the folder of batches itself", "."])
+def test_cifar_from_its_archive_and_its_folder(name, batches, place, tmp_path, monkeypatch,
+                                               no_network):
+    """--data-dir may hold the archive or its folder, or be that folder (also as ".")."""
+    kind, base = cifar(name, tmp_path, monkeypatch)
+    data_dir = tmp_path
+    if place == "archive":
+        archive = tmp_path / kind.filename
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(base, kind.base_folder)
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        monkeypatch.setattr(kind, "tgz_md5", md5)
+        shutil.rmtree(base)
+    elif place == ".":
+        monkeypatch.chdir(base)
+        data_dir = "."
+    elif place != "folder":
+        data_dir = base
+    data = common.load_data(name, data_dir)
+    check(data, 4 * batches, 4, 32, ["cat", "dog", "elk", "fox"])
+    assert torch.equal(data.x_test[2], torch.from_numpy(PIXELS[2].reshape(3, 32, 32)))
+    assert data.y_test.tolist() == [3, 1, 0, 2] and not no_network
+
+
+def test_a_cifar_folder_that_lacks_a_batch_is_told_so(tmp_path, monkeypatch, capsys, no_network):
+    """The missing file is named; the network is neither tried nor mentioned."""
+    _, base = cifar("cifar10", tmp_path, monkeypatch)
+    (base / "data_batch_3").unlink()
+    for data_dir in (tmp_path, base):
+        error = refused(capsys, common.load_data, "cifar10", data_dir)
+        assert "data_batch_3" in error and "internet" not in error and not no_network
+
+
+def picture(path, colour=(9, 9, 9), size=(32, 32), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+WNIDS = ["n01443537", "n01629819"]
 
 
 def tiny_imagenet(root):
-    """Two classes, 3 + 2 images, a grey one among them, in the published layout."""
-    for c, wnid in enumerate(("n01443537", "n01629819")):
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
-        for i in range(3):
-            mode, colour = ("L", 100) if i == 0 else ("RGB", (40 * c, 50, 60))
-            Image.new(mode, (64, 64), colour).save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
-    (root / "val" / "images").mkdir(parents=True)
-    for i in range(2):
-        Image.new("RGB", (64, 64), (200, 0, 0)).save(root / "val" / "images" / f"val_{i}.JPEG")
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01629819\t0\t0\t1\t1\nval_1.JPEG\tn01443537\t0\t0\t1\t1\n")
+    """Two classes, 6 + 2 images, a grey one among them, in the published layout."""
+    for c, wnid in enumerate(WNIDS):
+        folder = root / "train" / wnid
+        picture(folder / "images" / f"{wnid}_0.JPEG", 100, (64, 64), "L")
+        for i in (1, 2):
+            picture(folder / "images" / f"{wnid}_{i}.JPEG", (40 * c, 50, 60), (64, 64))
+        (folder / f"{wnid}_boxes.txt").write_text("")
+    for i in (0, 1):
+        picture(root / "val" / "images" / f"val_{i}.JPEG", (200 * i, 0, 0), (64, 64))
+        picture(root / "test" / "images" / f"test_{i}.JPEG", (0, 0, 0), (64, 64))
+    rows = [f"val_{i}.JPEG\t{WNIDS[1 - i]}\t0\t0\t62\t62\n" for i in (0, 1)]
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tiny_imagenet_from_folder_and_zip(zipped, tmp_path, monkeypatch):
-    """train by class folder, val by val_annotations.txt, grey images as RGB; a zip is checked by its MD5 and unpacked."""
-    tiny_imagenet(tmp_path / ("build" if zipped else "") / "tiny-imagenet-200")
-    if zipped:
-        with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
-            for path in sorted((tmp_path / "build").rglob("*")):
-                archive.write(path, path.relative_to(tmp_path / "build"))
-        monkeypatch.setattr(common, "TINY_MD5", hashlib.md5((tmp_path / "tiny-imagenet-200.zip").read_bytes()).hexdigest())
+def zipped(root, monkeypatch):
+    tiny_imagenet(root / "build" / "tiny-imagenet-200")
+    archive = root / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((root / "build").rglob("*")):
+            file.write(path, path.relative_to(root / "build"))
+    monkeypatch.setattr(common, "TINY_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+
+
+def published(root, monkeypatch):
+    tiny_imagenet(root / "tiny-imagenet-200")
+
+
+def blank_last_line(root, monkeypatch):
+    tiny_imagenet(root / "tiny-imagenet-200")
+    with open(root / "tiny-imagenet-200" / "val" / "val_annotations.txt", "a") as file:
+        file.write("\n")
+
+
+def itself(root, monkeypatch):
+    """--data-dir at tiny-imagenet-200 itself."""
+    tiny_imagenet(root)
+
+
+def sorted_into_folders(root, monkeypatch):
+    """val/ as many a tutorial leaves it: a folder for each class."""
+    tiny_imagenet(root / "tiny-imagenet-200")
+    val = root / "tiny-imagenet-200" / "val"
+    for i in (0, 1):
+        (val / WNIDS[1 - i] / "images").mkdir(parents=True)
+        file = f"val_{i}.JPEG"
+        (val / "images" / file).rename(val / WNIDS[1 - i] / "images" / file)
+    (val / "images").rmdir()
+    (val / "val_annotations.txt").unlink()
+
+
+@pytest.mark.parametrize("layout", [published, zipped, blank_last_line, itself,
+                                    sorted_into_folders])
+def test_tiny_imagenet_as_it_lies_on_disk(layout, tmp_path, monkeypatch, no_network):
+    """Its val split is the test set, beside a test/ without labels; grey images are RGB."""
+    layout(tmp_path, monkeypatch)
     data = common.load_data("tinyimagenet", tmp_path)
-    check(data, 6, 2, 64, 2)
-    assert data.y_test.tolist() == [1, 0] and data.y_train.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (data.x_train[0].int() - 100).abs().max() < 3 and abs(int(data.x_test[0, 0, 0, 0]) - 200) < 3
+    check(data, 6, 2, 64, WNIDS)
+    assert data.y_train.tolist() == [0, 0, 0, 1, 1, 1] and not no_network
+    assert data.x_train[0, :, 0, 0].tolist() == [100, 100, 100]
+    red = data.x_test[:, 0].float().mean((1, 2)) > 100
+    assert data.y_test[red].tolist() == [0] and data.y_test[~red].tolist() == [1]
 
 
-def image_folder(root, test="test", size=(32, 32)):
+def image_folder(root, test="test", classes=3):
+    """3 training and 2 test images of each class, 32 x 32, class i of colour i."""
     for split, n in (("train", 3), (test, 2)):
-        for c in range(3):
-            (root / split / f"class{c}").mkdir(parents=True)
+        for c in range(classes):
             for i in range(n):
-                Image.new("RGB", size, (c, i, 7)).save(root / split / f"class{c}" / f"{i}.png")
+                picture(root / split / f"class{c}" / f"{i}.png", (c, i, 7))
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
-def test_folder_and_its_cache(test, tmp_path, monkeypatch):
-    """An ImageFolder tree with train/ and test/ or val/; decoded once, and again when a file has changed."""
-    image_folder(tmp_path, test)
+def plain(root):
+    image_folder(root)
+
+
+def val_beside_unlabelled_test(root):
+    image_folder(root, "val")
+    picture(root / "test" / "unknown" / "0.png")
+
+
+def val_beside_flat_test(root):
+    image_folder(root, "val")
+    picture(root / "test" / "0.png")
+
+
+def dot_folders(root):
+    image_folder(root)
+    picture(root / "train" / ".ipynb_checkpoints" / "0.png")
+    picture(root / "train" / "class0" / ".ipynb_checkpoints" / "0.png")
+    picture(root / "test" / "class0" / "._0.png")
+
+
+@pytest.mark.parametrize("layout", [plain, val_beside_unlabelled_test, val_beside_flat_test,
+                                    dot_folders])
+def test_an_image_folder_as_it_lies_on_disk(layout, tmp_path):
+    """The labelled one of test/ and val/ is the test set; what starts with a dot is no class."""
+    layout(tmp_path)
     data = common.load_data("folder", tmp_path)
-    check(data, 9, 6, 32, 3)
-    assert data.x_train[4, :, 0, 0].tolist() == [1, 1, 7]
-    opened = []
-    monkeypatch.setattr(common.Image, "open", lambda path, really=Image.open: (opened.append(path), really(path))[1])
-    again = common.load_data("folder", tmp_path)
-    assert not opened and all(torch.equal(a, b) for a, b in zip(data[:4], again[:4]))
-    Image.new("RGB", (32, 32), (99, 99, 99)).save(tmp_path / "train" / "class1" / "1.png")
-    assert common.load_data("folder", tmp_path).x_train[4, :, 0, 0].tolist() == [99, 99, 99] and len(opened) == 15
+    check(data, 9, 6, 32, ["class0", "class1", "class2"])
+    assert data.x_train[4, :, 0, 0].tolist() == [1, 1, 7] and data.y_train[4] == 1
+    assert data.x_test[5, :, 0, 0].tolist() == [2, 1, 7] and data.y_test[5] == 2
+
+
+def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
+    image_folder(tmp_path)
+    for i in range(5):
+        picture(tmp_path / "train" / "class1" / f"{i}.gif")
+    check(common.load_data("folder", tmp_path), 9, 6, 32, ["class0", "class1", "class2"])
+    out = capsys.readouterr().out
+    assert "5 files" in out and ".gif" in out and str(tmp_path / "train") in out
 
 
 def test_shapes_are_deterministic_balanced_and_differ_between_train_and_test():
     a, b = common.load_data("shapes", "nowhere"), common.load_data("shapes", "nowhere")
-    check(a, 5000, 1000, 32, 10)
+    check(a, 5000, 1000, 32, common.SHAPES)
     assert torch.equal(a.x_train, b.x_train) and torch.equal(a.y_test, b.y_test)
-    assert a.y_train.bincount().tolist() == [500] * 10 and not torch.equal(a.x_train[:1000], a.x_test)
+    assert a.y_train.bincount().tolist() == [500] * 10
+    assert not torch.equal(a.x_train[:1000], a.x_test)
 
 
-def broken_cifar(path):
+def broken_archive(path):
     (path / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
+
+
+def nothing(path):
+    pass
 
 
 def broken_image(path):
@@ -243,12 +470,13 @@ def broken_image(path):
 
 def two_sizes(path):
     image_folder(path)
-    Image.new("RGB", (40, 32)).save(path / "train" / "class2" / "9.png")
+    picture(path / "train" / "class2" / "9.png", size=(40, 32))
 
 
 def sixteen_bits(path):
     image_folder(path)
-    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path / "train" / "class0" / "0.png")
+    deep = Image.fromarray(np.full((32, 32), 40_000, np.uint16))
+    deep.save(path / "train" / "class0" / "0.png")
 
 
 def other_classes(path):
@@ -256,28 +484,98 @@ def other_classes(path):
     (path / "test" / "class2").rename(path / "test" / "class9")
 
 
-@pytest.mark.parametrize("name, spoil, words", [
-    ("cifar10", lambda path: None, "shapes"), ("cifar10", broken_cifar, "shapes"), ("tinyimagenet", lambda path: None, "shapes"),
-    ("folder", lambda path: None, "train/ and test/"), ("folder", broken_image, "0.png is not a readable image"),
-    ("folder", sixteen_bits, "of 8 bits"), ("folder", two_sizes, "40x32"), ("folder", other_classes, "class9")])
-def test_missing_and_broken_data_end_in_one_line(name, spoil, words, tmp_path, capsys, monkeypatch):
-    """What is missing, where it was looked for, what to do; exit status 2. No network: downloads are made to fail."""
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+def one_class(path):
+    image_folder(path, classes=1)
+
+
+def class_missing(path):
+    """A val/ that has it is not taken instead."""
+    image_folder(path)
+    image_folder(path, "val")
+    shutil.rmtree(path / "test" / "class2")
+
+
+def unlabelled_alone(path):
+    image_folder(path, "val")
+    (path / "val").rename(path / "test")
+    for c in range(3):
+        (path / "test" / f"class{c}").rename(path / "test" / f"unknown{c}")
+
+
+@pytest.mark.parametrize("name, spoil, words, network", [
+    ("cifar10", nothing, "shapes", True), ("cifar10", broken_archive, "shapes", True),
+    ("tinyimagenet", nothing, "shapes", True), ("folder", nothing, "train/ and test/", False),
+    ("folder", broken_image, "0.png is not a readable image", False),
+    ("folder", sixteen_bits, "of 8 bits", False), ("folder", two_sizes, "9.png", False),
+    ("folder", other_classes, "class9", False), ("folder", one_class, "two or more", False),
+    ("folder", class_missing, "class2", False), ("folder", unlabelled_alone, "class0", False)])
+def test_missing_and_broken_data_end_in_one_line(name, spoil, words, network, tmp_path, capsys,
+                                                 no_network):
+    """What is missing, where it was looked for, what to do; the network only if it was tried."""
     spoil(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        common.load_data(name, tmp_path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path) in err and words in err
+    error = refused(capsys, common.load_data, name, tmp_path)
+    assert str(tmp_path) in error and words in error
+    assert ("internet" in error) == bool(no_network) == network
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
+def test_fingerprint_tells_one_changed_pixel_label_and_shape():
+    x, y = torch.randint(256, (5, 3, 8, 6), dtype=torch.uint8), torch.arange(5)
+    prints = {common.fingerprint(x, y), common.fingerprint(x[:4], y[:4])}
+    other = x.clone()
+    other[3, 1, 2, 4] ^= 1
+    prints |= {common.fingerprint(other, y), common.fingerprint(x, y.flip(0))}
+    prints |= {common.fingerprint(x.transpose(2, 3), y)}
+    assert len(prints) == 5 and "5 images of 8x6" in common.fingerprint(x, y)
+    view = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as torchvision's lie in memory
+    assert common.fingerprint(view, y) == common.fingerprint(x, y)
+
+
+# ----------------------------------------------------------------------- arguments and files
 
 def test_numbers_are_typed_as_fractions_or_decimals():
     assert common.number(0, 1)("8/255") == 8 / 255 and common.number(0, 1)("0.031") == 0.031
     assert common.number(1, kind=int)("130") == 130
-    for text, kind, words in (("8", float, "did you mean 8/255"), ("eight", float, "not a number"), ("1/0", float, "not a"),
-                              ("nan", float, "not between"), ("-1/255", float, "not between"), ("2.5", int, "not a number")):
+    for text, kind, words in (
+            ("8", float, "did you mean 8/255"), ("eight", float, "not a number"),
+            ("1/0", float, "not a number"), ("8/2/55", float, "not a number"),
+            ("nan", float, "not from 0 to 1"), ("inf", float, "not from 0 to 1"),
+            ("-1/255", float, "not from 0 to 1"), ("1e39", float, "not from 0 to 1"),
+            ("1e999999999", float, "not from 0 to 1"), ("2.5", int, "not a number")):
         with pytest.raises(ArgumentTypeError, match=words):
             common.number(0, 1, kind)(text)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"),
+                                   OSError(errno.ENOSPC, "No space left on device")])
+def test_a_full_disk_leaves_the_file_before_and_no_half_one(error, tmp_path, capsys):
+    """save() ends in one line that names the file; RuntimeError is what torch.save raises."""
+    def write(part):
+        part.write_text("half")
+        raise error
+    path = tmp_path / "last.pt"
+    path.write_text("before")
+    assert str(path) in refused(capsys, common.save, write, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_text() == "before"
+    refused(capsys, common.save, write, tmp_path / "missing" / "last.pt")
+    common.save(lambda part: part.write_text("after"), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_text() == "after"
+
+
+def test_a_file_is_held_by_one_process_at_a_time(tmp_path, capsys):
+    common.lock(tmp_path / "args.json")
+    common.lock(tmp_path / "other.json")
+    error = refused(capsys, common.lock, tmp_path / "args.json")
+    assert "args.json" in error and "another process" in error
+
+
+@pytest.mark.parametrize("flags, slower", [("flags : avx512f amx_bf16 amx_tile", False),
+                                           ("Features : fp asimd bf16", False),
+                                           ("flags : sse2 avx avx2", True)])
+def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slower(flags, slower, tmp_path, monkeypatch,
+                                                            capsys):
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
+    common.setup("cpu", amp=True)
+    assert ("slower" in capsys.readouterr().out) == slower
+    common.setup("cpu")
+    assert not capsys.readouterr().out

@@ -32,7 +32,6 @@ import train_trades_ours
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [train_lma_at, train_at_ours, train_trades_ours, train_mart_ours]
-EVALUATE = pytest.mark.xfail(strict=True, reason="evaluate.py still calls the old common.py")
 PLAIN = "--margin-weight 0 --beta 0"
 CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -735,7 +734,7 @@ def test_nobody_reading_the_output_is_no_error(images, tmp_path):
     assert not done.stderr
 
 
-@pytest.mark.parametrize("epsilon", ["8/255", "2/255", pytest.param("0.031", marks=EVALUATE)])
+@pytest.mark.parametrize("epsilon", ["8/255", "2/255", "0.031"])
 def test_the_printed_command_evaluates_the_run(epsilon, images, tmp_path, monkeypatch, capsys):
     """"next: python evaluate.py ..." as a shell reads it: a run folder with a blank in its name and
     the run's own epsilon to the last bit; for one it is run."""

@@ -766,7 +766,7 @@ def parse_args():
 def main():
     args = parse_args()
     warnings.simplefilter("ignore")  # torch's about what foreign files hold
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.amp)
     torch.backends.cudnn.benchmark = False  # batches vary in size
     PASSES.amp, PASSES.rows = args.amp, args.batch_size or (512 if device.type == "cuda" else 64)
     group = new_group(backend="gloo", timeout=timedelta(days=30)) if WORLD > 1 else None

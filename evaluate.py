@@ -376,15 +376,13 @@ TRADES + Ours    50.43 - 24.82 - 20.52 18.15 - -
 MART + Ours      46.88 - 26.87 - 22.10 19.84 - -
 LMA-AT(Ours)     49.10 - 26.35 - 22.40 18.31 - -
 """
-
-
 ROWS = {}  # {(data set, network, method): {column: percent}}
 for line in PAPER.strip().splitlines():
     name, *cells = line.rsplit(maxsplit=len(COLUMNS))
     if len(cells) == 1:
         source = name, *cells
     else:
-        ROWS[*source, name] = {c: float(v) for c, v in zip(COLUMNS, cells) if v != "-"}
+        ROWS[(*source, name)] = {c: float(v) for c, v in zip(COLUMNS, cells) if v != "-"}
 # (script, attack loss, margin weight, tau or None without mHuber): the paper's name for it
 METHODS = {
     ("at_ours", "ce", 0, None): "vanillaAT", ("at_ours", "margin+ce", 1, 0.2): "vanillaAT + Ours",
@@ -648,9 +646,7 @@ def table(evaluations, columns):
         lines += [[f"{method} ({e.path})", *shown(e.cells)] for e in group]
         if k > 1:
             values = {c: [e.cells[c][0] for e in group] for c in columns}
-            t = 1.96 + 2.6 / (k - 1)  # about Student's, which for 2 to 10 values is
-            if k < 11:
-                t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[k - 2]
+            t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(k, 10) - 2]
             cells = {c: (np.mean(v), t * np.std(v, ddof=1) / k ** 0.5) for c, v in values.items()}
             lines.append([f"{method}, mean of {k}", *shown(cells)])
         if paper:

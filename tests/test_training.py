@@ -2,7 +2,6 @@
 programs, resume, refusals, processes."""
 import csv
 import difflib
-import errno
 import inspect
 import itertools
 import json

@@ -6,8 +6,7 @@
     torchrun --nproc-per-node=4 -- evaluate.py ...      # each attacks a part of the images
 
 The table (Markdown) and checks for hidden gradients go to stdout, progress to stderr, all else to
-best.eval.json beside the checkpoint or, with other settings, best.n1000.eps4.eval.json and the
-like, from which the same command continues (under torchrun by whole attacks).
+best.eval.json (other settings: best.n1000.eps4.eval.json), from which the same command continues.
 
 An attack is a function attack(model, x, y, epsilon, generators, ...) -> x_adv: model, in eval mode,
 maps images [N, 3, H, W] in [0, 1] to logits [N, C]; x is classified correctly as y [N]; epsilon is
@@ -135,8 +134,7 @@ def cross_entropy(logits, y, target=None):
 
 def margin(logits, y):
     """z_y - max_{j != y} z_j: negative where misclassified."""
-    y = y[:, None]
-    return logits.gather(1, y)[:, 0] - logits.scatter(1, y, -torch.inf).amax(1)
+    return logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 def cw_loss(logits, y):
     """In PGD's place for CE, confidence K = 50 (section 5.2; Carlini & Wagner 2017)."""
@@ -772,7 +770,6 @@ def main():
         values, trained = read_checkpoint(args.figure1[0])
         arch = args.arch or str(trained.get("arch"))
         natural = load_network(args.figure1[0], values, arch, args, evaluations[0].classes)
-        natural.to(device)
     for e in evaluations:
         e.open()
     columns, notes = [c for c in COLUMNS if c in ("Clean", *args.attacks)], ""
@@ -784,7 +781,7 @@ def main():
             e.save()
             notes += "\n".join(["\n", e.path, *e.summary["checks"]])
     if args.figure1 and RANK == 0:
-        figure1(args.figure1[1], natural, evaluations[0])
+        figure1(args.figure1[1], natural.to(device), evaluations[0])
     print0(f"\n{table(evaluations, columns)}\n\n±: half the 95 % interval, Wilson's of a "
            f"checkpoint, Student's of a mean{notes}")
 

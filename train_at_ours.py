@@ -32,7 +32,7 @@ def parse_args():
     add("--arch", default="resnet18", help="resnet18 or wrn-<depth>-<widen>; paper's: wrn-34-10")
     add("--epochs", type=number(1, kind=int), default=130, help="passes over the training images")
     add("--batch-size", type=number(2, kind=int), default=100, help="over all processes")
-    add("--lr", type=number(0, 100), default=0.01, help="a tenth from epoch 75 of 130, and of 90")
+    add("--lr", type=number(0, 100), default=0.01, help="a tenth from epochs 75 and 90 of 130 on")
     add("--weight-decay", type=number(0, 1), default=3.5e-3, help="of SGD, momentum 0.9")
     # the inner maximisation: x'
     add("--epsilon", type=number(0, 1), default="8/255", help="radius; 0: natural training")

@@ -37,16 +37,13 @@ import train_lma_at  # noqa: E402
 import train_mart_ours  # noqa: E402
 import train_trades_ours  # noqa: E402
 
-BEGIN, CUDA, EPSILON, STEP = time.time(), torch.cuda.is_available(), 8 / 255, 2 / 255
-CLOCK = time.perf_counter
-if torch.get_num_threads() == 1 and not CUDA:
-    CLOCK = time.process_time
+BEGIN, EPSILON, STEP = time.time(), 8 / 255, 2 / 255
 SIZES = {"cpu": ["wrn-10-2,100", "resnet18/4,100", "resnet18,32"],
          "cuda": ["resnet18,100", "wrn-34-10,100"]}
 PLAIN = "--margin-weight 0 --beta 0"
 METHODS = {"LMA-AT": (train_lma_at, ""), "MART": (train_mart_ours, f"--attack-loss ce {PLAIN}"),
            "TRADES": (train_trades_ours, f"--attack-loss kl {PLAIN}")}
-torch.backends.cudnn.benchmark = True  # as in the scripts
+torch.backends.cudnn.benchmark = True  # as in the training scripts
 
 
 # ------------------------------ what is measured
@@ -135,12 +132,16 @@ def published_step(method, arch, batch, device):
 
 # ------------------------------ how it is measured
 def timed(call):
-    wait = torch.cuda.synchronize if CUDA else int
+    clock, wait = time.perf_counter, int
+    if torch.cuda.is_initialized():
+        wait = torch.cuda.synchronize
+    elif torch.get_num_threads() == 1:
+        clock = time.process_time
     wait()
-    start = CLOCK()
+    start = clock()
     call()
     wait()
-    return CLOCK() - start
+    return clock() - start
 
 
 def seconds(*calls, rounds=6):
@@ -152,7 +153,7 @@ def seconds(*calls, rounds=6):
 def peak(build, *arguments):
     """MiB by which a network and two steps raise the peak of this process."""
     def now():
-        if CUDA:
+        if "cuda" in arguments:
             return torch.cuda.max_memory_allocated() / 2 ** 20
         status = Path("/proc/self/status").read_text()  # getrusage's peak may be the parent's
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -163,12 +164,12 @@ def peak(build, *arguments):
     return now() - before
 
 
-def machine():
+def machine(device):
     """What the figures are of: card and versions, processor and its bfloat16 instructions."""
     text = common.CPUINFO.read_text() if common.CPUINFO.exists() else ""
     name = (re.findall(r"model name\s*: (.+)", text) or [platform.processor()])[0]
     bf16 = ", ".join(sorted(set(re.findall(r"\b\w*bf16\b", text)))) or "none"
-    if CUDA:
+    if device == "cuda":
         name = (f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN "
                 f"{torch.backends.cudnn.version()}; {name}")
     return (f"{name}, bfloat16 instructions: {bf16}, {'with' if 'amx' in bf16 else 'no'} AMX; "
@@ -244,12 +245,14 @@ def flops():
                 f"{total / 1e9:.3g}", f"{total / 2e4 / 3600:.3g}")
 
 
-def autoattack(path, device, amp, n, part=100):
-    """AutoAttack on n test images, `part` at a time in turn: pyautoattack's on the network in NCHW;
+def autoattack(path, device, amp, n):
+    """AutoAttack on n test images, a part at a time in turn: pyautoattack's on the network in NCHW;
     evaluate.py's, also against bare passes: as many of each kind, all full."""
     import evaluate
     from pyautoattack import AutoAttack
-    full = evaluate.PASSES.rows = 512 if CUDA else 64  # images in one pass
+    torch.backends.cudnn.benchmark = False  # as in evaluate.py
+    full = evaluate.PASSES.rows = 512 if device == "cuda" else 64  # images in one pass
+    part = max(full, 100)
     kinds = list(product((False, True), (False, True)[:1 + amp]))  # backward too, in bfloat16
     load_data, passes, own = cache(common.load_data), Counter(), {"pyautoattack": None}
 
@@ -300,9 +303,9 @@ def autoattack(path, device, amp, n, part=100):
     for name in own:
         found, other = torch.cat(stand[name]), torch.cat(stand["pyautoattack"])
         faster = [t / own for t, own in zip(times["pyautoattack"], times[name])]
+        cells = [f"{median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in (faster, ratios[name])]
         row(name, f"{found.sum()} of {len(found)}", f"{(found != other).sum()}",
-            f"{sum(times[name]):.0f}",
-            *(f"{median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in (faster, ratios[name])))
+            f"{sum(times[name]):.0f}", *cells)
 
 
 if __name__ == "__main__":
@@ -312,13 +315,13 @@ if __name__ == "__main__":
     add("--sizes", nargs="+", metavar="NETWORK,BATCH", help="of the steps, resnet18,100 or others")
     add("--autoattack", metavar="CHECKPOINT", help="best.pt of a run")
     add("--amp", action="store_true", help="AutoAttack with it too; the steps always are")
-    add("--n", type=int, default=300, help="images for AutoAttack")
+    add("--n", type=common.number(1, kind=int), default=300, help="images for AutoAttack")
     add("--flops", action="store_true", help="count, and measure nothing")
     args = parser.parse_args()
     if args.flops:
         flops()
         sys.exit()
-    print(machine())
+    print(machine(args.device))
     if args.autoattack:
         autoattack(args.autoattack, args.device, args.amp, args.n)
         sys.exit()

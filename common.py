@@ -455,7 +455,8 @@ def run(main, how):
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os._exit(141)
     except (OSError, MemoryError, RuntimeError) as error:
-        if re.search("out of memory|can't allocate memory|^$", str(error)):
+        short = re.search("out of memory|can't allocate memory", str(error))
+        if short or isinstance(error, MemoryError):
             fail(f"out of memory ({brief(error)}); take a smaller --batch-size")
         if isinstance(error, OSError):
             fail(f"{brief(error)}; is the place there, writable and not full?")

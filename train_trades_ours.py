@@ -130,8 +130,7 @@ def train_epoch(model, net, optimizer, batches, past_adv, past_nat, args):
                 log_p_nat = None
                 if args.attack_loss == "kl":  # f(x) in eval mode is the same in every step
                     model.eval()
-                    with torch.no_grad():
-                        log_p_nat = F.log_softmax(model(x).to(x.dtype), 1)
+                    log_p_nat = F.log_softmax(model(x).to(x.dtype), 1).detach()
                     model.train()
                 x_adv = common.pgd(model, x, lambda logits: attack_loss(logits, y, log_p_nat, args),
                                    args.epsilon, args.step_size, args.steps)

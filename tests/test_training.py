@@ -708,11 +708,12 @@ def test_weights_that_diverge_in_the_last_step_are_not_saved(script, epochs, ima
 @pytest.mark.parametrize("error, words", [
     (lambda: torch.empty(2 ** 60), "smaller --batch-size"),
     (lambda: bytearray(2 ** 62), "smaller --batch-size"),
+    (lambda: np.empty(2 ** 50), "smaller --batch-size"),
     (lambda: open("/nowhere/file", "w"), "/nowhere/file"),
     (lambda: torch.compile(lambda x: x + 1, backend=lambda *_: open("/nowhere"))(torch.ones(2)),
      "--compile does not work here")])
 def test_a_machine_that_fails_is_one_line(error, words, capsys):
-    """Out of memory (torch's and Python's), a place that is not there, no compiler."""
+    """Out of memory (torch's, Python's and numpy's), a place that is not there, no compiler."""
     with pytest.raises(SystemExit) as stop:
         common.run(error, "again")
     error = capsys.readouterr().err

@@ -81,8 +81,7 @@ def gradient(model, x, loss, y, *target):
         value = loss(logits, *labels).view(-1, 1, 1, 1)
         grad = torch.autograd.grad(value.sum(), part)[0]
         rows.append((logits.argmax(1) != labels[0], value.detach(), grad))
-    fooled, value, grad = (torch.cat(found) for found in zip(*rows))
-    return confirmed(fooled, model, x, y), value, grad
+    return [torch.cat(found) for found in zip(*rows)]
 
 def confirmed(fooled, model, x, y):
     """[N]: with --amp float32 decides about the images that are fooled by bfloat16 logits."""
@@ -165,7 +164,7 @@ def pgd(model, x, y, epsilon, generators, steps=20, step_size=1 / 255, loss=cros
     s = Active(x, start.clamp(low, high), y=y, low=low, high=high)
     for _ in range(steps):
         fooled, _, s.grad = gradient(model, s.z, loss, s.y)
-        if s.drop(fooled):
+        if s.drop(confirmed(fooled, model, s.z, s.y)):
             break
         s.z = (s.z + step_size * s.grad.sign()).clamp(s.low, s.high)
     return s.finish(s.z)
@@ -186,7 +185,7 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
     for k in range(steps):
         s.value_prev = s.value
         fooled, s.value, s.grad = gradient(model, s.z, loss, s.y, s.target)
-        if s.drop(fooled):
+        if s.drop(confirmed(fooled, model, s.z, s.y)):
             return s.result
         s.rises = s.rises + (s.value > s.value_prev)
         better = s.value > s.best_value

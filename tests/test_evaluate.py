@@ -308,6 +308,20 @@ def test_passes(name):
     assert name == "Clean" or ATTACKS[name][1] == forward + backward
 
 
+def test_amp_walks_in_bfloat16_alone(monkeypatch):
+    """FAB crosses the boundary outside epsilon many times: with --amp float32 is asked only for
+    the images that stand in epsilon, here none, so the passes are those without."""
+    model = sure()
+    model[1].bias.zero_()[0] = 0.1
+    monkeypatch.setattr(PASSES, "amp", True)
+    crossed, forward = [], PASSES.forward
+    whole = evaluate.linf_norm
+    monkeypatch.setattr(evaluate, "linf_norm", lambda d: crossed.append(d) or whole(d))
+    _, robust = attack("FAB-T", model, torch.full((1, 3, 8, 8), 0.5), torch.tensor([0]))
+    assert robust.all() and max(d.abs().max() for d in crossed) > 2 * EPSILON
+    assert PASSES.forward - forward == 1 + 9 * 201
+
+
 @pytest.mark.parametrize("name, steps", [("PGD-20", 20), ("PGD-100", 100), ("CW", 20)])
 def test_pgd_steps(name, steps, monkeypatch):
     """From x, in a box without walls, PGD goes its 20 or 100 steps of 1/255 in one direction: that

@@ -228,7 +228,8 @@ def to_hyperplane(x, w, gap):
     t = torch.zeros_like(gap)
     while True:
         covered = (weight * torch.minimum(room, t)).sum((1, 2, 3), keepdim=True)
-        slope = (weight * (room > t)).sum((1, 2, 3), keepdim=True)
+        rising = (room - t).sign().relu()  # 1 where room > t; a mask takes a CPU twice as long
+        slope = (weight * rising).sum((1, 2, 3), keepdim=True)
         ahead = t + (gap - covered) / slope.clamp(min=1e-30)
         t, before = torch.maximum(t, ahead.clamp(max=1)), t  # no room exceeds 1
         if not (t > before * (1 + 1e-6)).any():

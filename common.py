@@ -4,7 +4,6 @@ Images are float tensors N x 3 x H x W in [0, 1], networks return logits N x C, 
 L-infinity in the unit of the images. Under torchrun process RANK of WORLD has its part of a batch.
 """
 import argparse
-import contextlib
 import glob
 import json
 import math
@@ -136,8 +135,6 @@ def load_data(name, data_dir):
         barrier()  # process 0 downloads, the others then find the files
     try:
         data = DATASETS[name](data_dir)
-    except BrokenPipeError:  # of a note
-        raise
     except Exception as error:  # a broken file makes its reader raise anything
         network = "connect to the internet, " if isinstance(error, OSError) else ""
         fail(f"--dataset {name} in {data_dir}: {brief(error)}; {network}put the files "
@@ -201,7 +198,7 @@ def list_images(root):
     others = [name for name in set(names) - set(images) if (root / name).is_file()]
     if others:
         kinds = ", ".join({name.suffix for name in others})
-        print0(f"note: {len(others)} files in {root} are not read ({kinds})")
+        print0(f"note: {len(others)} files in {root} are not read ({kinds})", file=sys.stderr)
     return [(root / name, name.parts[0]) for name in images]
 
 
@@ -275,9 +272,8 @@ def fingerprint(x, y):
 def hold_out(data, n, device):
     """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out."""
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    train, val = order[:len(order) - n], order[len(order) - n:]
-    return (data.x_train[train].to(device), data.y_train[train].to(device),
-            data.x_train[val].to(device), data.y_train[val].to(device))
+    parts = order.split([len(order) - n, n])
+    return [t[rows].to(device) for rows in parts for t in (data.x_train, data.y_train)]
 
 
 def shuffled_batches(x, y, batch_size, seed, epoch):
@@ -449,8 +445,7 @@ def run(main, how):
     try:
         main()
     except KeyboardInterrupt:
-        with contextlib.suppress(BrokenPipeError):
-            print0(f"\ninterrupted; the same command {how} continues it")
+        print0(f"\ninterrupted; the same command {how} continues it", file=sys.stderr)
         os._exit(130)
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os._exit(141)
@@ -538,10 +533,8 @@ def open_run(args, device):
 
 
 def check_finite(model, terms, epoch):
-    """Stop before anything is saved if a term (its values by step) or a weight is not finite."""
+    """Stop before anything is saved if a term of the loss or a weight is not finite."""
     for name, values in [*terms.items(), *model.state_dict().items()]:
-        wrong = (~values.isfinite()).nonzero()
-        if len(wrong):
-            step = f"step {int(wrong[0]) + 1}, the term" if name in terms else "the weight"
-            fail(f"epoch {epoch}, {step} {name} is not finite; last.pt, if there is one, holds the "
-                 "epoch before; try a lower --lr or weight of the term, in another --run-dir")
+        if not values.isfinite().all():
+            fail(f"epoch {epoch}, {name} is not finite; last.pt, if there is one, holds the epoch "
+                 "before; try a lower --lr or weight of the term, in another --run-dir")

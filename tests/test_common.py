@@ -461,7 +461,7 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
     for i in range(5):
         picture(tmp_path / "train" / "class1" / f"{i}.gif")
     check(common.load_data("folder", tmp_path), 9, 6, 32, ["class0", "class1", "class2"])
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "5 files" in out and ".gif" in out and str(tmp_path / "train") in out
 
 

@@ -383,7 +383,7 @@ def number(low, high=10 ** 6, kind=float):
     return parse
 
 
-print0 = partial(print, flush=True) if RANK == 0 else lambda *_: None
+print0 = partial(print, flush=True) if RANK == 0 else lambda *_, **__: None
 
 
 def brief(error):

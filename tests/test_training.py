@@ -851,6 +851,9 @@ def test_two_processes(images, tmp_path, refused):
     """torchrun, gloo: the gradient is the mean of the halves', each image goes to one process, all
     weights and statistics are equal whenever a checkpoint is written; stopped and resumed is the
     uninterrupted run bit for bit; one process alone is told that it was two; an error ends both."""
+    images = shutil.copytree(images, tmp_path / "images")
+    unread = next((images / "train").iterdir()) / "notes.txt"
+    unread.touch()  # process 0 alone says so
     options = f"{small(images, tmp_path / 'run')} --epochs 3"
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(root=str(ROOT), folder=str(tmp_path),
@@ -862,4 +865,5 @@ def test_two_processes(images, tmp_path, refused):
     assert same(tmp_path / "run", tmp_path / "whole")
     assert tensors(tmp_path / "run" / "last.pt")[-1].shape == (8, 4)
     assert "already holds a run" in done.stderr and done.returncode != 0
+    unread.unlink()
     assert "processes was 2, is 1" in refused(train_lma_at, f"{options} --resume")

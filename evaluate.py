@@ -71,7 +71,7 @@ def logits_of(model, x, amp=False):
     return logits
 
 def gradient(model, x, loss, y, *target):
-    """Misclassified [N]; loss(logits, y, *target) [N, 1, 1, 1] and its gradient [N, 3, H, W]."""
+    """Misclassified [N] (see confirmed), loss(logits, y, *target) [N, 1, 1, 1], gradient as x."""
     PASSES.count(len(x), len(x))
     rows = []
     for part, *labels in parts(x, y, *target):

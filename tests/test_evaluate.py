@@ -309,8 +309,8 @@ def test_passes(name):
 
 
 def test_amp_walks_in_bfloat16_alone(monkeypatch):
-    """FAB crosses the boundary outside epsilon many times: with --amp float32 is asked only for
-    the images that stand in epsilon, here none, so the passes are those without."""
+    """FAB crosses the boundary outside epsilon many times: with --amp float32 is asked only
+    about iterates within epsilon, here none, so the passes are those without."""
     model = sure()
     model[1].bias.zero_()[0] = 0.1
     monkeypatch.setattr(PASSES, "amp", True)

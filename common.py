@@ -4,7 +4,6 @@ Images are float tensors N x 3 x H x W in [0, 1], networks return logits N x C, 
 L-infinity in the unit of the images. Under torchrun process RANK of WORLD has its part of a batch.
 """
 import argparse
-import glob
 import json
 import math
 import os
@@ -24,8 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import resnet
 
@@ -54,18 +52,13 @@ class BasicBlock(resnet.BasicBlock):
         return F.relu(out + skip, inplace=True)
 
 
-class ResNet18(resnet.ResNet):
+def resnet18(num_classes):
     """torchvision's ResNet-18 with the CIFAR stem: a 3x3 convolution of stride 1, no max-pool."""
-
-    def __init__(self, num_classes):
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes)
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        x = F.relu(conv_bn(self.conv1, self.bn1, x), inplace=True)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))
+    model = resnet.ResNet(BasicBlock, [2, 2, 2, 2], num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
 
 
 class WideBlock(nn.Module):
@@ -77,8 +70,7 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        widens = c_in != c_out
-        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if widens else None
+        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
@@ -116,7 +108,7 @@ class WideResNet(nn.Module):
 def make_model(arch, num_classes):
     """`resnet18` or `wrn-<depth>-<widen>`."""
     if arch == "resnet18":
-        return ResNet18(num_classes)
+        return resnet18(num_classes)
     match = re.fullmatch(r"wrn-(\d{1,3})-([1-9]\d?)", arch)
     if match is None or int(match[1]) < 10 or int(match[1]) % 6 != 4:
         fail(f"--arch {arch}: unknown; take resnet18 or wrn-<depth>-<widen>, depth 6n+4: wrn-34-10")
@@ -124,8 +116,7 @@ def make_model(arch, num_classes):
 
 
 # ---------------------------------------------------------------------------------------- data
-# images uint8 N x 3 x H x W, labels int64 N, the names of the classes
-Data = namedtuple("Data", "x_train y_train x_test y_test classes")
+Data = namedtuple("Data", "x_train y_train x_test y_test classes")  # x: uint8 N x 3 x H x W
 
 
 def load_data(name, data_dir):
@@ -136,9 +127,8 @@ def load_data(name, data_dir):
     try:
         data = DATASETS[name](data_dir)
     except Exception as error:  # a broken file makes its reader raise anything
-        network = "connect to the internet, " if isinstance(error, OSError) else ""
-        fail(f"--dataset {name} in {data_dir}: {brief(error)}; {network}put the files "
-             "there, or take --dataset shapes, which needs none")
+        fail(f"--dataset {name} in {data_dir}: {error!s:.300}; put the files there, or take "
+             "--dataset shapes, which needs none")
     if RANK == 0:
         barrier()
     return data
@@ -147,10 +137,6 @@ def load_data(name, data_dir):
 def cifar(dataset, data_dir):
     """CIFAR-10 or CIFAR-100 below `data_dir`, which may also be the folder of batches itself."""
     root = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
-    batches = root / dataset.base_folder
-    lost = [f for f, _ in dataset.train_list + dataset.test_list if not (batches / f).exists()]
-    if lost and batches.is_dir() and not (root / dataset.filename).exists():
-        raise ValueError(f"{batches.name} lacks {', '.join(lost)}")
     train, test = dataset(root, train=True, download=True), dataset(root, train=False)
     x_train, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
     return Data(x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets),
@@ -166,44 +152,27 @@ def tinyimagenet(data_dir):
         download_and_extract_archive(TINY_URL, data_dir, unpacked, md5=TINY_MD5)
         (unpacked / root.name).rename(root)
         unpacked.rmdir()
-    return folder(root)
+    if not (root / "val" / "images").is_dir():  # sorted into a folder for each class
+        return folder(root, "val")
+    train, lines = ImageFolder(root / "train"), (root / "val" / "val_annotations.txt").read_text()
+    rows = [line.split("\t") for line in lines.splitlines() if line]
+    test = [(root / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
+    return Data(*read_images(train.samples), *read_images(test), train.classes)
 
 
-def folder(root):
-    """train/ and test/ (or val/, if test/ has no labels): in each a folder of images per class.
-    val/ may have its labels in val_annotations.txt instead, as Tiny ImageNet's has."""
-    train = list_images(root / "train")
-    classes = sorted({label for _, label in train})
-    for split in ("test", "val"):
-        test = list_images(root / split)
-        table = root / split / "val_annotations.txt"
-        if {label for _, label in test} == {"images"} and table.exists():
-            rows = [line.split("\t") for line in table.read_text().splitlines() if "\t" in line]
-            label_of = {row[0]: row[1] for row in rows}
-            test = [(path, label_of.get(path.name, "")) for path, _ in test]
-        labels = {label for _, label in test}
-        if labels & set(classes):
-            break
-    if len(classes) < 2 or labels != set(classes):
-        raise ValueError(f"train/ has the classes {classes[:5]}, {split}/ lacks or adds "
-                         f"{sorted(labels ^ set(classes))[:5]}; both need the same two or more, "
-                         "in folders train/ and test/ (or val/) with a folder of images for each")
-    return Data(*read_images(train, classes), *read_images(test, classes), classes)
+def folder(root, split="test"):
+    """train/ and test/ (or val/): in each a folder of images per class."""
+    if not (root / split).is_dir():
+        split = "val"
+    train, test = ImageFolder(root / "train"), ImageFolder(root / split)
+    if train.classes != test.classes or len(train.classes) < 2:
+        odd = sorted(set(train.classes) ^ set(test.classes))[:5]
+        raise ValueError(f"train/ and {split}/ need the same two or more classes; differing: {odd}")
+    return Data(*read_images(train.samples), *read_images(test.samples), train.classes)
 
 
-def list_images(root):
-    """[(path, class)] of the images in the folders below `root`; .names are passed over."""
-    names = [Path(name) for name in sorted(glob.glob("*/**", root_dir=root, recursive=True))]
-    images = [name for name in names if name.suffix.lower() in IMG_EXTENSIONS]
-    others = [name for name in set(names) - set(images) if (root / name).is_file()]
-    if others:
-        kinds = ", ".join({name.suffix for name in others})
-        print0(f"note: {len(others)} files in {root} are not read ({kinds})", file=sys.stderr)
-    return [(root / name, name.parts[0]) for name in images]
-
-
-def read_images(samples, classes):
-    """uint8 images, all of one size, and labels of a list of (path, class)."""
+def read_images(samples):
+    """uint8 images, all of one size, and labels of a list of (path, label)."""
     def read(path):
         try:
             image = Image.open(path)
@@ -221,46 +190,29 @@ def read_images(samples, classes):
             if image.shape != x.shape[1:]:
                 raise ValueError(f"{paths[i]} and {paths[0]} differ in size; make all sizes equal")
             x[i] = image
-    labels = torch.tensor([classes.index(label) for label in labels])
-    return torch.from_numpy(x).permute(0, 3, 1, 2), labels
-
-
-SHAPES = [f"{fill} {shape}" for fill in ("hollow", "filled")
-          for shape in ("circle", "square", "diamond", "triangle", "cross")]
+    return torch.from_numpy(x).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def draw_shapes(n, seed):
-    """Images of SHAPES, 32 x 32: the shape is a robust feature, the faint pattern is not.
-
-    A shape in a random colour, place and size stands out by 0.2 to 0.4; a tile of +-2/255 peculiar
-    to the class covers the image: natural training may rely on it, an attack of 8/255 removes it.
-    """
-    g = torch.Generator().manual_seed(seed)
+    """Ten mirror-symmetric shapes of 6 x 6 squares, in images of 32 x 32: a robust feature and one
+    that is not. The shape stands out by 0.2 to 0.4; a tile of +-2/255 peculiar to the class covers
+    the image: natural training may rely on it, an attack of 8/255 removes it."""
+    same, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    left = torch.randint(2, (10, 1, 6, 3), generator=same)
+    shapes = F.interpolate(torch.cat([left, left.flip(3)], 3).float(), scale_factor=4)
+    tiles = (torch.randint(2, (10, 3, 4, 4), generator=same) * 4 - 2) / 255
     y = torch.randperm(n, generator=g) % 10
-
-    def uniform(low, high, channels=1):
-        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
-
-    size = uniform(9, 13)
-    u = (torch.arange(32.0) - uniform(13, 18)).abs() / size
-    v = (torch.arange(32.0)[:, None] - uniform(13, 18)) / size
-    most, least = torch.maximum(u, v.abs()), torch.minimum(u, v.abs())
-    norms = [(u * u + v * v).sqrt(), most / 0.9, u + v.abs(), torch.maximum(v, 2 * u - v) / 0.9,
-             torch.maximum(most / 0.9, least / 0.35)]
-    norm = torch.stack(norms)[y % 5, torch.arange(n)]
-    mask = (norm < 1) & ((norm > 0.6) | (y >= 5).view(-1, 1, 1, 1))
-    contrast = uniform(0.2, 0.4, channels=3) * uniform(-1, 1).sign()
-    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=g)
-    tile_g = torch.Generator().manual_seed(0)  # the same tiles for every seed
-    tiles = (torch.randint(2, (10, 3, 4, 4), generator=tile_g) * 4 - 2) / 255
-    x = uniform(0.3, 0.7, channels=3) + contrast * mask + noise + tiles[y].repeat(1, 1, 8, 8)
+    sign = torch.randint(2, (n, 1, 1, 1), generator=g) * 2 - 1
+    contrast = sign * (0.2 + 0.2 * torch.rand(n, 3, 1, 1, generator=g))
+    x = 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g) + contrast * F.pad(shapes[y], (4, 4, 4, 4))
+    x += tiles[y].repeat(1, 1, 8, 8) + 0.02 * torch.randn(n, 3, 32, 32, generator=g)
     return (x.clamp(0, 1) * 255).round().byte(), y
 
 
 DATASETS = {
     "cifar10": partial(cifar, CIFAR10), "cifar100": partial(cifar, CIFAR100),
     "tinyimagenet": tinyimagenet, "folder": folder,
-    "shapes": lambda _: Data(*draw_shapes(5000, seed=0), *draw_shapes(1000, seed=1), SHAPES)}
+    "shapes": lambda _: Data(*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2), "ABCDEFGHIJ")}
 
 
 def fingerprint(x, y):
@@ -386,11 +338,6 @@ def number(low, high=10 ** 6, kind=float):
 print0 = partial(print, flush=True) if RANK == 0 else lambda *_, **__: None
 
 
-def brief(error):
-    """The beginning of an exception's text, in one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]
-
-
 def fail(message):
     """End the program with one line on stderr, exit status 2: an error that the user can mend."""
     print("error:", *message.split(), file=sys.stderr, flush=True)
@@ -428,7 +375,7 @@ def setup(name, amp=False):
             torch.backends.cudnn.benchmark = True
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not usable here ({brief(error)}); try --device cpu")
+        fail(f"--device {name}: not usable here ({error!s:.300}); try --device cpu")
     if amp and device.type == "cpu" and CPUINFO.exists() and "bf16" not in CPUINFO.read_text():
         print0("note: this CPU has no bfloat16 instructions: --amp is slower than float32 here")
     if WORLD > 1:  # patient: process 0 may download
@@ -440,8 +387,6 @@ def setup(name, amp=False):
 def run(main, how):
     """Call main(). Ctrl-C, a full memory or disk, a missing compiler end it in one line; `how` to
     give the same command again so that it continues."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a sign that a terminal lacks is no error
     try:
         main()
     except KeyboardInterrupt:
@@ -450,13 +395,12 @@ def run(main, how):
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os._exit(141)
     except (OSError, MemoryError, RuntimeError) as error:
-        short = re.search("out of memory|can't allocate memory", str(error))
-        if short or isinstance(error, MemoryError):
-            fail(f"out of memory ({brief(error)}); take a smaller --batch-size")
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+            fail(f"out of memory ({error!s:.300}); take a smaller --batch-size")
         if isinstance(error, OSError):
-            fail(f"{brief(error)}; is the place there, writable and not full?")
+            fail(f"{error!s:.300}; is the place there, writable and not full?")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            fail(f"--compile does not work here ({brief(error)}); leave it out")
+            fail(f"--compile does not work here ({error!s:.300}); leave it out")
         raise
     if dist.is_initialized():  # not after an error: NCCL would wait for the others
         dist.destroy_process_group()
@@ -482,18 +426,6 @@ def all_rows(tensor):
 
 
 # --------------------------------------------------------------------------- the files of a run
-def lock(path):
-    """Hold the file `path` until this process ends; refuse to work beside one that holds it."""
-    file = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        import fcntl  # Windows has none
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{path}: another process is at work there; wait for it, or choose another place")
-    except ImportError:
-        pass
-
-
 def save(write, path):
     """write(temporary name), then rename: `path` never holds half a file. By process 0 alone."""
     part = Path(f"{path}.tmp")
@@ -503,32 +435,30 @@ def save(write, path):
             os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
         part.unlink(missing_ok=True)
-        fail(f"{path}: not writable ({brief(error)}); is the folder there and not full?")
+        fail(f"{path}: not writable ({error!s:.300}); is the folder there and not full?")
 
 
 def open_run(args, device):
-    """Take the run folder; with --resume return its last.pt, which alone says what run it is."""
-    last, state, old = Path(args.run_dir, "last.pt"), None, vars(args)
+    """Begin the run folder; with --resume return its last.pt, if it is there and of this run."""
+    folder, state, old = Path(args.run_dir), None, vars(args)
+    last = folder / "last.pt"
     try:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            lock(last.with_name("args.json"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if RANK == 0 and not args.resume and any(folder.iterdir()):
+            fail(f"{folder} already holds a run; add --resume, or choose another --run-dir")
         if last.exists():
             state = torch.load(last, map_location=device, weights_only=True)
             old = dict(state["args"])
             state["model"], state["optimizer"], state["history"], state["ema_adv"], state["ema_nat"]
     except Exception as error:  # whatever a damaged or foreign file or the file system raises
-        fail(f"{last}: not the last.pt of a run, or not to be read or written ({brief(error)}); "
+        fail(f"{last}: not the last.pt of a run, or not to be read or written ({error!s:.300}); "
              "choose another --run-dir")
-    if state and not args.resume:
-        fail(f"{last.parent} already holds a run; add --resume, or choose another --run-dir")
-    changed = [f"{name} was {old.get(name)}, is {value}" for name, value in vars(args).items()
-               if value != old.get(name)
-               and name not in ("resume", "run_dir", "data_dir", "device")]
+    changed = [f"{name} was {old.get(name)}, is {new}" for name, new in vars(args).items()
+               if name not in ("resume", "run_dir", "data_dir", "device") and new != old.get(name)]
     if changed:
         fail(f"--resume: {'; '.join(changed)}; give the same, or choose another --run-dir")
     if RANK == 0:
-        last.with_name("args.json").write_text(json.dumps(vars(args), indent=1))
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
 

@@ -541,11 +541,10 @@ class Evaluation:
                f"epsilon {255 * args.epsilon:g}/255, seed {args.seed} {other or ''}")
 
     def open(self):
-        """Take the file of results and what it holds; a second process is refused."""
+        """Take the file of results and what it holds."""
         if self.out.exists() and not self.out.is_file():
             fail(f"{self.out} is not a file; choose another --out")
         if RANK == 0:
-            common.lock(self.out.with_name(f".{self.out.name}.lock"))
             if self.out.exists():
                 self.read()
             self.save()

@@ -21,9 +21,8 @@ SMALL = ["--dataset", "shapes", "--device", DEVICE]
 @pytest.fixture
 def call(monkeypatch):
     """main() of a script in this process, on few images."""
-    data = common.Data(*common.draw_shapes(400, 0), *common.draw_shapes(100, 1), common.SHAPES)
+    data = common.Data(*common.draw_shapes(400, 0), *common.draw_shapes(100, 1), "ABCDEFGHIJ")
     monkeypatch.setattr(common, "load_data", lambda *a: data)
-    monkeypatch.setattr(common, "lock", lambda path: None)  # it would be held until pytest ends
 
     def call(script, *options):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])

@@ -26,12 +26,6 @@ EPSILON = 8 / 255
 PROGRAM = Path(evaluate.__file__)
 
 
-@pytest.fixture(autouse=True)
-def no_lock(monkeypatch):
-    """Here one process evaluates the same checkpoint again and again."""
-    monkeypatch.setattr(common, "lock", lambda path: None)
-
-
 def generators(n, seed=0, name="test"):
     return evaluate.generators_of(seed, name, torch.arange(n), "cpu")
 
@@ -1024,14 +1018,10 @@ def test_results_are_not_believed_blindly(refused, checkpoint, tmp_path, monkeyp
 
 
 def test_the_file_of_results_is_tried_first(refused, checkpoint, tmp_path, monkeypatch):
-    """What will be written is tried before work begins; a second process is refused."""
+    """What will be written is tried before work begins."""
     monkeypatch.setattr(evaluate.Evaluation, "run", lambda *_: 1 / 0)
     for out in (tmp_path, Path("/dev/full"), tmp_path / "absent" / "r.json"):
         assert str(out) in refused(None, "--out", out)
-    monkeypatch.undo()
-    common.lock(tmp_path / ".r.json.lock")  # as another process does
-    assert "another process" in refused(None, "--n", 5, "--out", tmp_path / "r.json")
-    assert not (tmp_path / "r.json").exists()
 
 
 def test_logits_that_are_not_finite(refused, checkpoint, tmp_path):
@@ -1080,4 +1070,4 @@ def test_torchrun_gives_the_same(checkpoint, tmp_path, monkeypatch, capsys):
     assert two.returncode == 0, two.stderr
     one, two = (json.loads((tmp_path / f).read_text()) for f in ("one.json", "two.json"))
     assert one["prediction"] == two["prediction"] and one["accuracy"] == two["accuracy"]
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".two.json.lock", "one.json", "two.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["one.json", "two.json"]

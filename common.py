@@ -152,10 +152,10 @@ def tinyimagenet(data_dir):
         download_and_extract_archive(TINY_URL, data_dir, unpacked, md5=TINY_MD5)
         (unpacked / root.name).rename(root)
         unpacked.rmdir()
-    if not (root / "val" / "images").is_dir():  # sorted into a folder for each class
+    if not any(root.glob("val/images/*")):  # sorted into a folder for each class
         return folder(root, "val")
-    train, lines = ImageFolder(root / "train"), (root / "val" / "val_annotations.txt").read_text()
-    rows = [line.split("\t") for line in lines.splitlines() if line]
+    train, table = ImageFolder(root / "train"), (root / "val" / "val_annotations.txt").read_text()
+    rows = [line.split("\t") for line in table.splitlines() if line]
     test = [(root / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
     return Data(*read_images(train.samples), *read_images(test), train.classes)
 
@@ -224,7 +224,7 @@ def fingerprint(x, y):
 def hold_out(data, n, device):
     """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out."""
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    parts = order.split([len(order) - n, n])
+    parts = order.tensor_split([max(0, len(order) - n)])
     return [t[rows].to(device) for rows in parts for t in (data.x_train, data.y_train)]
 
 
@@ -242,7 +242,7 @@ def shuffled_batches(x, y, batch_size, seed, epoch):
 def augment(x):
     """A random crop after padding by 4 zero pixels and a random flip of each image."""
     n, _, height, width = x.shape
-    crops = F.pad(x, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # a view, n x 3 x 9 x 9
+    crops = F.pad(x, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # n x 3 x 9 x 9 x H x W
     top, left = torch.randint(9, (2, n), device=x.device)
     x = crops[torch.arange(n, device=x.device), :, top, left]
     flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
@@ -385,8 +385,8 @@ def setup(name, amp=False):
 
 
 def run(main, how):
-    """Call main(). Ctrl-C, a full memory or disk, a missing compiler end it in one line; `how` to
-    give the same command again so that it continues."""
+    """Call main(). Ctrl-C, a full memory or disk, a missing compiler end it in one line; `how`
+    completes "the same command ... continues it"."""
     try:
         main()
     except KeyboardInterrupt:
@@ -396,7 +396,7 @@ def run(main, how):
         os._exit(141)
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
-            fail(f"out of memory ({error!s:.300}); take a smaller --batch-size")
+            fail(f"out of memory ({error!r:.300}); take a smaller --batch-size")
         if isinstance(error, OSError):
             fail(f"{error!s:.300}; is the place there, writable and not full?")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -428,7 +428,7 @@ def all_rows(tensor):
 # --------------------------------------------------------------------------- the files of a run
 def save(write, path):
     """write(temporary name), then rename: `path` never holds half a file. By process 0 alone."""
-    part = Path(f"{path}.tmp")
+    part = Path(f"{path}.{os.getpid()}.tmp")
     try:
         if RANK == 0:
             write(part)
@@ -439,14 +439,14 @@ def save(write, path):
 
 
 def open_run(args, device):
-    """Begin the run folder; with --resume return its last.pt, if it is there and of this run."""
+    """Begin the run folder, or with --resume return its last.pt, if any; refuse another run's."""
     folder, state, old = Path(args.run_dir), None, vars(args)
     last = folder / "last.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if RANK == 0 and not args.resume and any(folder.iterdir()):
-            fail(f"{folder} already holds a run; add --resume, or choose another --run-dir")
-        if last.exists():
+            fail(f"{folder} is not empty; add --resume to continue, or choose another --run-dir")
+        if args.resume and last.exists():
             state = torch.load(last, map_location=device, weights_only=True)
             old = dict(state["args"])
             state["model"], state["optimizer"], state["history"], state["ema_adv"], state["ema_nat"]

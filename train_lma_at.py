@@ -32,7 +32,7 @@ def parse_args():
     add("--arch", default="resnet18", help="resnet18 or wrn-<depth>-<widen>; paper's: wrn-34-10")
     add("--epochs", type=number(1, kind=int), default=130, help="passes over the training images")
     add("--batch-size", type=number(2, kind=int), default=100, help="over all processes")
-    add("--lr", type=number(0, 100), default=0.01, help="a tenth from epochs 75 and 90 of 130 on")
+    add("--lr", type=number(0, 100), default=0.01, help="/10 from epoch 75 of 130 on, /100 from 90")
     add("--weight-decay", type=number(0, 1), default=3.5e-3, help="of SGD, momentum 0.9")
     # the inner maximisation: x'
     add("--epsilon", type=number(0, 1), default="8/255", help="radius; 0: natural training")
@@ -182,7 +182,7 @@ def main():
     # open: Algorithm 1 keeps no state per image, so slot i averages logits of different images
     past_adv = torch.zeros(n if args.ema == "image" else m, len(data.classes), device=device)
     past_nat = past_adv.clone()  # logit_0 = logit'_0 = 0
-    history, folder = [], Path(args.run_dir)  # a row an epoch
+    history, folder = [], Path(args.run_dir)  # history: a row an epoch
     if state := common.open_run(args, device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

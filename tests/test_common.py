@@ -503,13 +503,13 @@ def empty_class(path):
 
 
 @pytest.mark.parametrize("name, spoil, words, network", [
-    ("cifar10", nothing, "shapes", True), ("cifar10", broken_archive, "shapes", True),
-    ("tinyimagenet", nothing, "shapes", True), ("folder", nothing, "train'", False),
+    ("cifar10", nothing, "no route", True), ("cifar10", broken_archive, "no route", True),
+    ("tinyimagenet", nothing, "no route", True), ("folder", nothing, "train'", False),
     ("folder", broken_image, "0.png is not a readable image", False),
     ("folder", sixteen_bits, "of 8 bits", False), ("folder", two_sizes, "9.png", False),
     ("folder", other_classes, "['class2', 'class9']", False),
     ("folder", one_class, "two or more", False), ("folder", class_missing, "['class2']", False),
-    ("folder", unlabelled_test, "unknown", False), ("folder", flat_test, "test", False),
+    ("folder", unlabelled_test, "unknown", False), ("folder", flat_test, "any class folder", False),
     ("folder", hidden_folder, "['.ipynb_checkpoints']", False),
     ("folder", empty_class, "class9", False)])
 def test_missing_and_broken_data_end_in_one_line(name, spoil, words, network, tmp_path, capsys,

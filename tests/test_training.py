@@ -443,16 +443,18 @@ def wait_for_rows(path, rows, process):
 def test_an_interrupted_and_killed_run_resumes_bit_identically(images, tmp_path, monkeypatch,
                                                                capsys):
     """Ctrl-C, then --resume as it says, kill -9, then to the end: weights, momentum and averages
-    and metrics are the uninterrupted run's. A second start meanwhile is refused."""
+    and metrics are the uninterrupted run's. A second start meanwhile is not let in."""
     run, whole = tmp_path / "my run", tmp_path / "whole"
     options, metrics = f"{small(images, run)} --epochs 9", run / "metrics.csv"
     command = [sys.executable, ROOT / "train_lma_at.py", *shlex.split(options)]
     process = start(command)
     wait_for_rows(metrics, 1, process)
+    process.send_signal(signal.SIGSTOP)
     with pytest.raises(SystemExit):
         call(train_lma_at, options, monkeypatch)
-    assert "already holds a run" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate()
     assert process.returncode == 130
     assert err.strip() == "interrupted; the same command with --resume continues it"
@@ -588,8 +590,9 @@ def test_main_trains_and_chooses_as_section_5_1_says(script, tmp_path, monkeypat
     ("--tau 1", "--tau"), ("--attack-loss kl", "--attack-loss"),
     ("--batch-size 64", "--batch-size"), ("--arch wrn-12-1", "6n+4"),
     ("--device nonsense", "--device"), ("--nonsense", "--nonsense"),
-    ("--batch-size 100/2", "100/2"), ("--val-size 48", "--val-size"), ("--lr 1e39", "--lr"),
-    ("--lr 1/0", "--lr"), ("--lr nan", "--lr")])
+    ("--batch-size 100/2", "100/2"), ("--val-size 48", "--val-size"),
+    ("--val-size 49", "--val-size"), ("--lr 1e39", "--lr"), ("--lr 1/0", "--lr"),
+    ("--lr nan", "--lr")])
 def test_bad_input_ends_in_one_line(options, words, images, tmp_path, refused):
     """Exit status 2, one line on stderr that names the argument, and no run folder begun."""
     assert words in refused(train_lma_at, f"{small(images, tmp_path / 'run')} {options}")
@@ -597,12 +600,12 @@ def test_bad_input_ends_in_one_line(options, words, images, tmp_path, refused):
 
 
 def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(images, run, refused):
-    """A folder with anything in it is a run; the line names the difference."""
+    """A folder with anything in it is not taken; with --resume the line names the difference."""
     options, before = f"{small(images, run)} --epochs 1", (run / "last.pt").read_bytes()
-    assert "already holds a run" in refused(train_lma_at, options)
+    assert "is not empty" in refused(train_lma_at, options)
     assert "lr was 0.01, is 0.5" in refused(train_lma_at, f"{options} --resume --lr 0.5")
     (run / "args.json").unlink()
-    assert "already holds a run" in refused(train_lma_at, options)
+    assert "is not empty" in refused(train_lma_at, options)
     assert "lr was 0.01, is 0.5" in refused(train_lma_at, f"{options} --resume --lr 0.5")
     error = refused(train_at_ours, f"{options} --resume")
     assert "method was lma_at, is at_ours" in error
@@ -863,5 +866,5 @@ def test_two_processes(images, tmp_path, refused):
     assert done.stderr.count("heard once") == 1
     assert same(tmp_path / "run", tmp_path / "whole")
     assert tensors(tmp_path / "run" / "last.pt")[-1].shape == (8, 4)
-    assert "already holds a run" in done.stderr and done.returncode != 0
+    assert "is not empty" in done.stderr and done.returncode != 0
     assert "processes was 2, is 1" in refused(train_lma_at, f"{options} --resume")

@@ -258,7 +258,7 @@ def test_the_readmes_loop_trains():
     model = common.make_model("wrn-10-1", 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     names = {**vars(common), **vars(train_lma_at), "model": model, "optimizer": optimizer,
-             "batch_size": 8, "num_classes": 10}
+             "batch_size": 8, "num_classes": 10, "device": "cpu"}
     batch = torch.rand(8, 3, 16, 16), torch.arange(8)
     losses = []
     for steps in (1, 10):

@@ -2,6 +2,7 @@
 errors."""
 import errno
 import hashlib
+import os
 import pickle
 import shutil
 import tarfile
@@ -44,11 +45,20 @@ def refused(capsys, function, *args):
 
 # ------------------------------------------------------------------------------------ networks
 
-@pytest.mark.parametrize("arch, size", [("resnet18", 11_173_962), ("wrn-34-10", 46_160_474)])
-def test_networks_have_the_published_sizes(arch, size):
-    """ResNet-18 has 11,173,962 and WRN-34-10 46,160,474 parameters for 10 classes."""
+@pytest.mark.parametrize("arch, size, stages", [
+    ("resnet18", 11_173_962, {"layer1": 32, "layer2": 16, "layer3": 8, "layer4": 4}),
+    ("wrn-34-10", 46_160_474, {"conv1": 32, "block1.layer.4": 32, "block2.layer.4": 16,
+                               "block3.layer.4": 8})])
+def test_networks_have_the_published_sizes(arch, size, stages):
+    """ResNet-18 has 11,173,962 and WRN-34-10 46,160,474 parameters for 10 classes; of 32 x 32
+    pixels each stage sees as many as published: the stem keeps them all."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in common.make_model(arch, 10).parameters()) == size
+        model, seen = common.make_model(arch, 10), {}
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda _, x, z, name=name: seen.update({name: z.shape}))
+        model(torch.zeros(1, 3, 32, 32))
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert {name: seen[name][2] for name in stages} == stages
 
 
 def batch_norm(prefix):
@@ -553,6 +563,7 @@ def test_numbers_are_typed_as_fractions_or_decimals():
 def test_a_full_disk_leaves_the_file_before_and_no_half_one(error, tmp_path, capsys):
     """save() ends in one line that names the file; RuntimeError is what torch.save raises."""
     def write(part):
+        assert str(os.getpid()) in part.name  # two processes do not write to one file
         part.write_text("half")
         raise error
     path = tmp_path / "last.pt"

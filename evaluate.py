@@ -654,9 +654,10 @@ def table(evaluations, columns):
 
 def sceptic(e, points):
     """Signs that a network hides its gradients instead of resisting (Athalye et al. 2018)."""
-    rows = e.robust("Clean").nonzero()[:200, 0]  # for attacks of its own
+    rows = e.robust("Clean").nonzero()[:, 0]
     if not len(rows):
         return ["SUSPECT no image is classified correctly"]
+    rows = rows[::math.ceil(len(rows) / 200)]  # for attacks of its own; files may lie by classes
     x, y, generators = e.batch(rows, "sceptic")
     checks, of_all = {}, f"of {len(x)} images"  # {text: whether it is so}
     slack = max(0.2, 100 / len(e.label)) + 1e-9  # points; among few images, one

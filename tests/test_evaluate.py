@@ -644,6 +644,24 @@ def test_masked_gradients_are_caught(robust_net, patterns, tmp_path, monkeypatch
     assert any("probabilities" in line for line in look(soft, columns=["PGD-20"]))
 
 
+@pytest.mark.parametrize("n", [1, 200, 399, 1000])
+def test_the_sceptics_images_are_of_all_classes(n):
+    """At most 200 of the correct images, from the first to the last: folders lie class by class."""
+    class Seen(Exception):
+        pass
+
+    class Correct:
+        def robust(self, name):
+            return torch.ones(n, dtype=torch.bool)
+
+        def batch(self, rows, purpose):
+            raise Seen(rows.tolist())
+    with pytest.raises(Seen) as seen:
+        evaluate.sceptic(Correct(), {})
+    rows, = seen.value.args
+    assert min(n, 100) <= len(rows) <= 200 and rows[0] == 0 and rows[-1] >= n - n // len(rows) - 1
+
+
 def test_the_table(checkpoint, monkeypatch, capsys):
     """Columns in the paper's order with +-; AA is at most each of its parts; the file has the
     record of every image."""

@@ -1,11 +1,16 @@
 """common.py: networks, PGD, batches, every data set from small files in its real layout, one-line
 errors."""
+
 import errno
 import hashlib
+import importlib.util
+import itertools
 import os
 import pickle
 import shutil
+import sys
 import tarfile
+import time
 import zipfile
 from argparse import ArgumentTypeError
 
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torchvision import datasets
 
@@ -21,34 +27,20 @@ import common
 CE = F.cross_entropy
 
 
-def trained_looking(arch):
-    """A network whose batch norms have seen data, so that folding them is not the identity."""
-    torch.manual_seed(0)
-    model = common.make_model(arch, 10)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.2)
-    for _ in range(2):
-        model(torch.rand(8, 3, 16, 16))
-    return model
-
-
-def refused(capsys, function, *args):
-    """The one line with which `function` ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 # ------------------------------------------------------------------------------------ networks
 
-@pytest.mark.parametrize("arch, size, stages", [
-    ("resnet18", 11_173_962, {"layer1": 32, "layer2": 16, "layer3": 8, "layer4": 4}),
-    ("wrn-34-10", 46_160_474, {"conv1": 32, "block1.layer.4": 32, "block2.layer.4": 16,
-                               "block3.layer.4": 8})])
+
+@pytest.mark.parametrize(
+    "arch, size, stages",
+    [
+        ("resnet18", 11_173_962, {"layer1": 32, "layer2": 16, "layer3": 8, "layer4": 4}),
+        (
+            "wrn-34-10",
+            46_160_474,
+            {"conv1": 32, "block1.layer.4": 32, "block2.layer.4": 16, "block3.layer.4": 8},
+        ),
+    ],
+)
 def test_networks_have_the_published_sizes(arch, size, stages):
     """ResNet-18 has 11,173,962 and WRN-34-10 46,160,474 parameters for 10 classes; of 32 x 32
     pixels each stage sees as many as published: the stem keeps them all."""
@@ -62,8 +54,10 @@ def test_networks_have_the_published_sizes(arch, size, stages):
 
 
 def batch_norm(prefix):
-    return [prefix + name for name in
-            ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    return [
+        prefix + name
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ]
 
 
 def wide_resnet_names(depth):
@@ -90,8 +84,9 @@ def resnet18_names():
     return names
 
 
-@pytest.mark.parametrize("arch, names", [("resnet18", resnet18_names()),
-                                         ("wrn-16-2", wide_resnet_names(16))])
+@pytest.mark.parametrize(
+    "arch, names", [("resnet18", resnet18_names()), ("wrn-16-2", wide_resnet_names(16))]
+)
 def test_checkpoints_keep_the_fields_names(arch, names):
     """Weights named as torchvision and TRADES name them load; there is no name besides."""
     with torch.device("meta"):
@@ -107,43 +102,108 @@ def test_networks_take_any_size_and_number_of_classes(arch, size, classes):
         assert model(torch.rand(2, 3, *size)).shape == (2, classes)
 
 
-@pytest.mark.parametrize("arch", ["wrn-12-1", "wrn-4-1", "wrn-10-0", "resnet50", "wrn-10",
-                                  "wrn-100000-1000"])
-def test_an_impossible_network_is_refused_in_one_line(arch, capsys):
-    assert arch in refused(capsys, common.make_model, arch, 10)
+@pytest.mark.parametrize(
+    "arch", ["wrn-12-1", "wrn-4-1", "wrn-10-0", "resnet50", "wrn-10", "wrn-100000-1000"]
+)
+def test_an_impossible_network_is_refused_in_one_line(arch, refused):
+    assert arch in refused(common.make_model, arch, 10)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("arch", ["resnet18", "wrn-16-2"])
-def test_folding_batch_norm_changes_no_value(arch, dtype, tolerance, monkeypatch):
-    """conv_bn in eval mode: logits and input gradients are those of bn(conv(x))."""
-    model, x = trained_looking(arch).to(dtype).eval(), torch.rand(4, 3, 16, 16, dtype=dtype)
-    found = []
-    for conv_bn in (common.conv_bn, lambda conv, bn, x: bn(conv(x))):
-        monkeypatch.setattr(common, "conv_bn", conv_bn)
-        z = model(x.requires_grad_())
-        found.append((z, torch.autograd.grad(z.square().sum(), x)[0]))
-    (folded, g), (plain, h) = found
-    assert (folded - plain).norm() < tolerance * plain.norm()
-    assert (g - h).norm() < 100 * tolerance * h.norm()  # a ReLU at 0 may fall on either side
+def reference_resnet18():
+    """torchvision's ResNet-18 with a stem for small images, put together from its parts here."""
+    model = torchvision.models.resnet18(num_classes=10)
+    stem = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    return torch.nn.Sequential(
+        *(stem, model.bn1, model.relu, model.layer1, model.layer2, model.layer3, model.layer4),
+        *(model.avgpool, torch.nn.Flatten(), model.fc),
+    )
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "wrn-16-2"])
-def test_training_mode_folds_nothing(arch, monkeypatch):
-    """In training mode logits and running statistics are those of bn(conv(x)), bit for bit."""
-    found = []
-    for conv_bn in (common.conv_bn, lambda conv, bn, x: bn(conv(x))):
-        monkeypatch.setattr(common, "conv_bn", conv_bn)
-        model = trained_looking(arch)
-        logits = model(torch.linspace(0, 1, 4 * 3 * 256).view(4, 3, 16, 16))
-        found.append([logits, *model.buffers()])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+def reference_wide_resnet(weights, x, depth, train):
+    """WideResNet as Zagoruyko & Komodakis 2016 describe it, as a function of its weights.
+
+    Three groups of pre-activation blocks B(3, 3), of which the second and the third halve the
+    image in their first block. Where the width changes, the shortcut is a 1 x 1 convolution of
+    the activated input (He et al. 2016b, full pre-activation).
+    """
+
+    def bn_relu(x, name):
+        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        if train:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        mean, var = mean.view(-1, 1, 1), var.view(-1, 1, 1)
+        gamma = weights[f"{name}.weight"].view(-1, 1, 1)
+        beta = weights[f"{name}.bias"].view(-1, 1, 1)
+        return ((x - mean) / (var + 1e-5).sqrt() * gamma + beta).clamp(min=0)
+
+    x = F.conv2d(x, weights["conv1.weight"], padding=1)
+    for group in (1, 2, 3):
+        for i in range((depth - 4) // 6):
+            name = f"block{group}.layer.{i}"
+            stride = 2 if group > 1 and i == 0 else 1
+            out = bn_relu(x, f"{name}.bn1")
+            shortcut = x
+            if f"{name}.convShortcut.weight" in weights:
+                shortcut = F.conv2d(out, weights[f"{name}.convShortcut.weight"], stride=stride)
+            out = F.conv2d(out, weights[f"{name}.conv1.weight"], stride=stride, padding=1)
+            out = bn_relu(out, f"{name}.bn2")
+            x = shortcut + F.conv2d(out, weights[f"{name}.conv2.weight"], padding=1)
+    x = bn_relu(x, "bn1").mean((2, 3))
+    return x @ weights["fc.weight"].T + weights["fc.bias"]
+
+
+def with_statistics(model):
+    """Give batch norms weights, biases and statistics that are not those of a fresh network."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.2)
+            torch.nn.init.normal_(module.running_mean, std=0.2)
+            torch.nn.init.uniform_(module.running_var, 0.05, 1.5)
+    return model.double()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("arch", ["resnet18", "wrn-16-2", "wrn-10-1"])
+def test_networks_compute_what_independent_ones_compute(arch, train):
+    """In float64 the logits and the input gradient equal the reference's to 1e-9, in both modes."""
+    model = with_statistics(common.make_model(arch, 10)).train(train)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.rand(4, 3, 16, 20).double().requires_grad_()
+    logits = model(x)
+    if arch == "resnet18":
+        reference = reference_resnet18().double().train(train)
+        reference.load_state_dict(dict(zip(reference.state_dict(), state.values())))  # same order
+        expected = reference(x)
+    else:
+        expected = reference_wide_resnet(state, x, int(arch.split("-")[1]), train)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-9)
+    gradients = [torch.autograd.grad(z.square().sum(), x)[0] for z in (logits, expected)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn-16-4"])
+def test_initial_weights_are_he_normal_fan_out(arch):
+    """Every convolution has zero mean and variance 2 / fan-out; batch norms are the identity."""
+    torch.manual_seed(0)
+    for name, module in common.make_model(arch, 10).named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            weight, n = module.weight.detach(), module.weight.numel()
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert abs(weight.mean()) < 5 * (2 / fan_out / n) ** 0.5, name
+            assert weight.var().item() == pytest.approx(2 / fan_out, rel=5 * (2 / n) ** 0.5), name
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+            assert (module.momentum, module.eps) == (0.1, 1e-5)
 
 
 # ----------------------------------------------------------------------------------------- PGD
 
+
 def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
-    model, x, y = trained_looking("wrn-10-1"), torch.rand(8, 3, 32, 32), torch.arange(8)
+    torch.manual_seed(0)
+    model, x, y = common.make_model("wrn-10-1", 10), torch.rand(8, 3, 32, 32), torch.arange(8)
     x[0] = 0
     x[1] = 1
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -157,6 +217,37 @@ def test_pgd_stays_in_the_box_raises_the_loss_and_leaves_the_network_alone():
         assert CE(model(x_adv), y) > CE(model(x), y) + 0.03
     common.pgd(model, x, lambda z: CE(z, y), steps=1)
     assert not model.training
+
+
+def test_frozen_gives_everything_back(monkeypatch):
+    """Inside eval mode and no gradients for weights; afterwards each module's and weight's own.
+
+    A batch norm that the caller keeps in eval mode stays there and its statistics do not move; a
+    weight that the caller has frozen stays frozen; an exception inside changes nothing of this.
+    """
+    model = common.make_model("wrn-10-1", 3).train()
+    model.bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    modes = {name: module.training for name, module in model.named_modules()}
+    needs = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+
+    def look(logits):
+        assert not any(module.training for module in model.modules())
+        assert not any(weight.requires_grad for weight in model.parameters())
+        return CE(logits, y)
+
+    def unable(logits):
+        raise RuntimeError("out of memory, say")
+
+    common.pgd(model, x, look, steps=2)
+    common.accuracy(model, (255 * x).byte(), y, 0.1, 0.1, 1, batch_size=4)
+    with pytest.raises(RuntimeError, match="say"):
+        common.pgd(model, x, unable)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert needs == {name: weight.requires_grad for name, weight in model.named_parameters()}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 class Linear(torch.nn.Module):
@@ -200,14 +291,18 @@ def test_accuracy_attacks_with_what_it_is_told():
     x = x + torch.tensor([0, 0, 0, 12, 12, 12]).view(-1, 1) * (w < 0)
     x, y = x.byte().view(6, 3, 4, 4), torch.tensor([1, 1, 1, 0, 0, 1])  # the last is wrong
     clean = 100 * 5 / 6
-    for epsilon, steps, robust in ((8 / 255, 16, 0), (8 / 255, 2, clean), (4 / 255, 16, clean),
-                                   (0, 16, clean)):
+    for epsilon, steps, robust in (
+        (8 / 255, 16, 0),
+        (8 / 255, 2, clean),
+        (4 / 255, 16, clean),
+        (0, 16, clean),
+    ):
         model = Linear(w)
         found = common.accuracy(model, x, y, epsilon, 1 / 255, steps, batch_size=4)
         assert found == pytest.approx([clean, robust])
         start = 255 * model.seen[0] - x[:4]
         assert start.abs().max() <= 255 * epsilon + 1e-3
-        assert start.std() == pytest.approx(255 * epsilon / 3 ** 0.5, rel=0.2)
+        assert start.std() == pytest.approx(255 * epsilon / 3**0.5, rel=0.2)
 
 
 class WrongUnlessNoisy(torch.nn.Module):
@@ -223,21 +318,49 @@ def test_an_image_that_is_wrong_before_the_attack_is_not_robust():
     assert common.accuracy(WrongUnlessNoisy(), x, y, 0.1, 1e-4, 2, batch_size=4) == [0, 0]
 
 
+def test_accuracy_is_an_exact_percentage():
+    """65 of 100 images are 65 percent, not 64.99999761581421."""
+    x, y = torch.full((100, 3, 4, 4), 99, dtype=torch.uint8), (torch.arange(100) >= 65).long()
+    found = common.accuracy(WrongUnlessNoisy(), x, y, 0, 0, 1, batch_size=33)
+    assert found == [65, 65]
+
+
 # ------------------------------------------------------------------------------------- batches
 
-def test_augment_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
-    """Each image against all 81 x 2 windows that it may be; offsets and flips are its own."""
-    x = torch.randint(1, 256, (64, 3, 8, 12), dtype=torch.uint8)
-    out, padded, found = common.augment(x), F.pad(x, (4, 4, 4, 4)), set()
-    assert out.dtype == torch.float32 and 0 <= out.min() and out.max() <= 1
-    out = (out * 255).round().byte()
-    for i in range(64):
-        match = [(top, left, flip) for top in range(9) for left in range(9) for flip in (0, 1)
-                 if torch.equal(out[i].flip(2) if flip else out[i],
-                                padded[i, :, top:top + 8, left:left + 12])]
-        assert len(match) == 1
-        found.add(match[0])
-    assert len(found) > 40 and 10 < sum(flip for *_, flip in found) < len(found) - 10
+
+def test_augment_draws_each_crop_and_flip_equally_often():
+    """One image, 16,200 times: its 81 x 2 possible results and no others, each about 100 times.
+
+    The images have values above 0, so that padding with zeros can be told from the image.
+    """
+    torch.manual_seed(0)
+    image = torch.randint(1, 256, (3, 8, 12), dtype=torch.uint8)
+    padded = F.pad(image, (4, 4, 4, 4))
+    possible = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[:, top : top + 8, left : left + 12]
+            possible[crop.numpy().tobytes()] = 0
+            possible[crop.flip(2).numpy().tobytes()] = 0
+    assert len(possible) == 162
+    for _ in range(10):
+        out = common.augment(image.expand(1620, 3, 8, 12))
+        assert out.dtype == torch.float32 and 0 <= out.min() and out.max() <= 1
+        for result in (out * 255).round().byte().numpy():
+            possible[result.tobytes()] += 1  # a KeyError is a result that must not be
+    counts = np.array(list(possible.values()))
+    assert counts.sum() == 16_200
+    assert counts.min() > 50 and counts.max() < 160  # 5 and 6 standard deviations
+    chi_square = ((counts - 100) ** 2 / 100).sum()
+    assert chi_square < 161 + 6 * (2 * 161) ** 0.5
+
+
+def test_augment_treats_the_images_of_a_batch_independently():
+    """Crops and flips of neighbours are not the same ones: equal images give many results."""
+    torch.manual_seed(0)
+    image = torch.randint(1, 256, (1, 3, 8, 12), dtype=torch.uint8)
+    results = {result.numpy().tobytes() for result in common.augment(image.expand(64, 3, 8, 12))}
+    assert len(results) > 40
 
 
 def test_an_epoch_is_a_new_order_of_all_images_with_their_labels_and_rows():
@@ -249,6 +372,7 @@ def test_an_epoch_is_a_new_order_of_all_images_with_their_labels_and_rows():
     def epoch(seed, number):
         torch.rand(1)
         return list(common.shuffled_batches(x, y, 5, seed, number))
+
     batches = epoch(0, 1)
     rows = torch.cat([rows for _, _, rows in batches])
     assert len(batches) == 4 and len(rows) == 20 and len(set(rows.tolist())) == 20
@@ -278,6 +402,7 @@ def test_held_out_images_are_no_training_images_and_the_same_for_every_seed():
 
 # ---------------------------------------------------------------------------------------- data
 
+
 def check(data, train, test, size, classes):
     assert data.x_train.shape == (train, 3, size, size) and data.x_train.dtype == torch.uint8
     assert data.x_test.shape == (test, 3, size, size) and data.x_test.dtype == torch.uint8
@@ -293,6 +418,7 @@ def no_network(monkeypatch):
     def urlopen(*args, **kwargs):
         tried.append(args)
         raise OSError("no route to host")
+
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return tried
 
@@ -309,6 +435,7 @@ def cifar(name, path, monkeypatch):
     def write(file, content):
         (base / file).write_bytes(pickle.dumps(content))
         return [file, hashlib.md5((base / file).read_bytes()).hexdigest()]
+
     batch = {"data": PIXELS, "labels": [3, 1, 0, 2], "fine_labels": [3, 1, 0, 2]}
     if name == "cifar100":
         del batch["labels"]
@@ -322,8 +449,9 @@ def cifar(name, path, monkeypatch):
 
 @pytest.mark.parametrize("name, batches", [("cifar10", 5), ("cifar100", 1)])
 @pytest.mark.parametrize("place", ["archive", "folder", "the folder of batches itself", "."])
-def test_cifar_from_its_archive_and_its_folder(name, batches, place, tmp_path, monkeypatch,
-                                               no_network):
+def test_cifar_from_its_archive_and_its_folder(
+    name, batches, place, tmp_path, monkeypatch, no_network
+):
     """--data-dir may hold the archive or its folder, or be that folder (also as ".")."""
     kind, base = cifar(name, tmp_path, monkeypatch)
     data_dir = tmp_path
@@ -387,6 +515,13 @@ def blank_last_line(root, monkeypatch):
         file.write("\n")
 
 
+def byte_order_mark(root, monkeypatch):
+    """val_annotations.txt as some editors save it."""
+    tiny_imagenet(root / "tiny-imagenet-200")
+    table = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    table.write_text(table.read_text(), "utf-8-sig")
+
+
 def itself(root, monkeypatch):
     """--data-dir at tiny-imagenet-200 itself."""
     tiny_imagenet(root)
@@ -404,17 +539,27 @@ def sorted_into_folders(root, monkeypatch):
     (val / "val_annotations.txt").unlink()
 
 
-@pytest.mark.parametrize("layout", [published, zipped, blank_last_line, itself,
-                                    sorted_into_folders])
+@pytest.mark.parametrize(
+    "layout", [published, zipped, blank_last_line, byte_order_mark, itself, sorted_into_folders]
+)
 def test_tiny_imagenet_as_it_lies_on_disk(layout, tmp_path, monkeypatch, no_network):
     """Its val split is the test set, beside a test/ without labels; grey images are RGB."""
     layout(tmp_path, monkeypatch)
+    monkeypatch.setattr(common, "TINY_SIZE", (2, 6, 2))
     data = common.load_data("tinyimagenet", tmp_path)
     check(data, 6, 2, 64, WNIDS)
     assert data.y_train.tolist() == [0, 0, 0, 1, 1, 1] and not no_network
     assert data.x_train[0, :, 0, 0].tolist() == [100, 100, 100]
     red = data.x_test[:, 0].float().mean((1, 2)) > 100
     assert data.y_test[red].tolist() == [0] and data.y_test[~red].tolist() == [1]
+
+
+@pytest.mark.parametrize("layout", [itself, sorted_into_folders])
+def test_other_images_are_not_taken_for_tiny_imagenet(layout, tmp_path, monkeypatch, refused):
+    """Two classes, 6 and 2 images are not the 200, 100,000 and 10,000 of Tiny ImageNet."""
+    layout(tmp_path, monkeypatch)
+    error = refused(common.load_data, "tinyimagenet", tmp_path)
+    assert "(2, 6, 2)" in error and "(200, 100000, 10000)" in error and "--dataset folder" in error
 
 
 def image_folder(root, test="test", classes=3):
@@ -441,6 +586,53 @@ def test_an_image_folder_as_it_lies_on_disk(layout, tmp_path):
     check(data, 9, 6, 32, ["class0", "class1", "class2"])
     assert data.x_train[4, :, 0, 0].tolist() == [1, 1, 7] and data.y_train[4] == 1
     assert data.x_test[5, :, 0, 0].tolist() == [2, 1, 7] and data.y_test[5] == 2
+
+
+def test_images_come_in_the_order_of_their_files(tmp_path, monkeypatch):
+    """Also where the first file takes longest to read: images keep their labels."""
+    image_folder(tmp_path)
+    read_image, first = common.read_image, str(tmp_path / "train" / "class0" / "0.png")
+
+    def slowly(path):
+        if path == first:
+            time.sleep(0.2)
+        return read_image(path)
+
+    monkeypatch.setattr(common, "read_image", slowly)
+    data = common.load_data("folder", tmp_path)
+    assert data.x_train[:, 0, 0, 0].tolist() == data.y_train.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path, capsys):
+    """torchvision's ImageFolder reads no .jfif and no .gif; the user hears how many there are."""
+    image_folder(tmp_path)
+    common.load_data("folder", tmp_path)
+    assert "note" not in capsys.readouterr().out
+    for name in ("a.jfif", "b.gif"):
+        picture(tmp_path / "train" / "class1" / f"{name}.png")
+        (tmp_path / "train" / "class1" / f"{name}.png").rename(tmp_path / "train" / "class1" / name)
+    data = common.load_data("folder", tmp_path)
+    assert f"note: 2 files in {tmp_path / 'train'}" in capsys.readouterr().out
+    assert len(data.x_train) == 9
+
+
+class NoTerminal:
+    """A stream of a logger, which has write and flush alone."""
+
+    def write(self, text):
+        pass
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stderr", [None, NoTerminal()])
+def test_data_is_read_without_a_terminal(stderr, tmp_path, monkeypatch):
+    """No stderr (pythonw, 2>&-) or one without isatty costs the progress line, not the data."""
+    image_folder(tmp_path)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(time, "time", itertools.count().__next__)  # every image takes a second
+    assert len(common.load_data("folder", tmp_path).x_train) == 9
 
 
 def test_shapes_are_deterministic_balanced_and_differ_between_train_and_test():
@@ -512,21 +704,31 @@ def empty_class(path):
     (path / "train" / "class9").mkdir()
 
 
-@pytest.mark.parametrize("name, spoil, words, network", [
-    ("cifar10", nothing, "no route", True), ("cifar10", broken_archive, "no route", True),
-    ("tinyimagenet", nothing, "no route", True), ("folder", nothing, "train'", False),
-    ("folder", broken_image, "0.png is not a readable image", False),
-    ("folder", sixteen_bits, "of 8 bits", False), ("folder", two_sizes, "9.png", False),
-    ("folder", other_classes, "['class2', 'class9']", False),
-    ("folder", one_class, "two or more", False), ("folder", class_missing, "['class2']", False),
-    ("folder", unlabelled_test, "unknown", False), ("folder", flat_test, "any class folder", False),
-    ("folder", hidden_folder, "['.ipynb_checkpoints']", False),
-    ("folder", empty_class, "class9", False)])
-def test_missing_and_broken_data_end_in_one_line(name, spoil, words, network, tmp_path, capsys,
-                                                 no_network):
+@pytest.mark.parametrize(
+    "name, spoil, words, network",
+    [
+        ("cifar10", nothing, "no route", True),
+        ("cifar10", broken_archive, "no route", True),
+        ("tinyimagenet", nothing, "no route", True),
+        ("folder", nothing, "train'", False),
+        ("folder", broken_image, "0.png is not a readable image", False),
+        ("folder", sixteen_bits, "of 8 bits", False),
+        ("folder", two_sizes, "9.png", False),
+        ("folder", other_classes, "['class2', 'class9']", False),
+        ("folder", one_class, "two or more", False),
+        ("folder", class_missing, "['class2']", False),
+        ("folder", unlabelled_test, "unknown", False),
+        ("folder", flat_test, "any class folder", False),
+        ("folder", hidden_folder, "['.ipynb_checkpoints']", False),
+        ("folder", empty_class, "class9", False),
+    ],
+)
+def test_missing_and_broken_data_end_in_one_line(
+    name, spoil, words, network, tmp_path, refused, no_network
+):
     """What is wrong, where it was looked for, what to do; the network is tried where it helps."""
     spoil(tmp_path)
-    error = refused(capsys, common.load_data, name, tmp_path)
+    error = refused(common.load_data, name, tmp_path)
     assert str(tmp_path) in error and words in error and "put the files there" in error
     assert ("no route to host" in error) == bool(no_network) == network
 
@@ -545,44 +747,116 @@ def test_fingerprint_tells_one_changed_pixel_label_and_shape():
 
 # ----------------------------------------------------------------------- arguments and files
 
+
 def test_numbers_are_typed_as_fractions_or_decimals():
     assert common.number(0, 1)("8/255") == 8 / 255 and common.number(0, 1)("0.031") == 0.031
     assert common.number(1, kind=int)("130") == 130
     for text, kind, words in (
-            ("8", float, "did you mean 8/255"), ("eight", float, "not a number"),
-            ("1/0", float, "not a number"), ("8/2/55", float, "not a number"),
-            ("nan", float, "not from 0 to 1"), ("inf", float, "not from 0 to 1"),
-            ("-1/255", float, "not from 0 to 1"), ("1e39", float, "not from 0 to 1"),
-            ("1e999999999", float, "not from 0 to 1"), ("2.5", int, "not a number")):
+        ("8", float, "did you mean 8/255"),
+        ("eight", float, "not a number"),
+        ("1/0", float, "not a number"),
+        ("8/2/55", float, "not a number"),
+        ("nan", float, "not from 0 to 1"),
+        ("inf", float, "not from 0 to 1"),
+        ("-1/255", float, "not from 0 to 1"),
+        ("1e39", float, "not from 0 to 1"),
+        ("1e999999999", float, "not from 0 to 1"),
+        ("2.5", int, "not a number"),
+    ):
         with pytest.raises(ArgumentTypeError, match=words):
             common.number(0, 1, kind)(text)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"),
-                                   OSError(errno.ENOSPC, "No space left on device")])
-def test_a_full_disk_leaves_the_file_before_and_no_half_one(error, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_disk_leaves_the_file_before_and_no_half_one(error, tmp_path, refused):
     """save() ends in one line that names the file; RuntimeError is what torch.save raises."""
+
     def write(part):
         assert str(os.getpid()) in part.name  # two processes do not write to one file
         part.write_text("half")
         raise error
+
     path = tmp_path / "last.pt"
     path.write_text("before")
-    assert str(path) in refused(capsys, common.save, write, path)
+    assert str(path) in refused(common.save, write, path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_text() == "before"
-    refused(capsys, common.save, write, tmp_path / "missing" / "last.pt")
+    refused(common.save, write, tmp_path / "missing" / "last.pt")
     common.save(lambda part: part.write_text("after"), path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_text() == "after"
 
 
-@pytest.mark.parametrize("flags, slower", [("flags : avx512f amx_bf16 amx_tile", False),
-                                           ("Features : fp asimd bf16", False),
-                                           ("flags : sse2 avx avx2", True)])
-def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slower(flags, slower, tmp_path, monkeypatch,
-                                                            capsys):
+@pytest.mark.parametrize(
+    "flags, slower",
+    [
+        ("flags : avx512f amx_bf16 amx_tile", False),
+        ("Features : fp asimd bf16", False),
+        ("flags : sse2 avx avx2", True),
+    ],
+)
+def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slower(
+    flags, slower, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "cpuinfo").write_text(flags)
     monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
     common.setup("cpu", amp=True)
     assert ("slower" in capsys.readouterr().out) == slower
     common.setup("cpu")
     assert not capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------- devices and processes
+
+
+def under_torchrun(monkeypatch, name):
+    """The device for which setup() asks torch in process 1 of 2, on a machine with four GPUs."""
+    asked = []
+
+    def zeros(*args, device):
+        asked.append(str(device))
+        raise RuntimeError("far enough")
+
+    for module, attribute, value in (
+        (common, "TORCHRUN", True),
+        (torch.cuda, "set_device", lambda device: asked.append(str(device))),
+        (torch, "zeros", zeros),
+    ):
+        monkeypatch.setattr(module, attribute, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        common.setup(name)
+    return asked
+
+
+def test_under_torchrun_each_process_has_its_own_gpu(monkeypatch, capsys):
+    """--device cuda is cuda:LOCAL_RANK there; a GPU by number, the same for all, is refused."""
+    assert under_torchrun(monkeypatch, "cuda") == ["cuda:1", "cuda:1"]
+    assert under_torchrun(monkeypatch, "cuda:0") == []
+    assert "say --device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}])
+def test_variables_of_other_launchers_change_nothing(variables, monkeypatch):
+    """RANK or WORLD_SIZE without torchrun (a Slurm or MPI shell): one process, number 0."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("fresh", common.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert (fresh.RANK, fresh.WORLD, fresh.TORCHRUN) == (0, 1, False)
+
+
+def test_amp_on_a_gpu_without_bfloat16_is_said_to_be_slower(monkeypatch):
+    """torch is asked for bfloat16 units, without those that it only emulates."""
+
+    def supported(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not common.has_bfloat16(torch.device("cuda"))
+    assert common.has_bfloat16(torch.device("meta"))

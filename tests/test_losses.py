@@ -1,6 +1,8 @@
 """The formulas: against hand-computed values, float64 NumPy written from the paper, and finite
 differences."""
+
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +21,17 @@ SCRIPTS = [train_lma_at, train_at_ours, train_trades_ours, train_mart_ours]
 
 
 def arguments(**changes):
-    defaults = dict(delta=0.9, margin_reduction="mean", margin_weight=0.7, alpha=5.345, beta=86.0,
-                    tau=0.2, attack_loss="margin+ce", inv_lambda=6.0, lam=5.0)
+    defaults = dict(
+        delta=0.9,
+        margin_reduction="mean",
+        margin_weight=0.7,
+        alpha=5.345,
+        beta=86.0,
+        tau=0.2,
+        attack_loss="margin+ce",
+        inv_lambda=6.0,
+        lam=5.0,
+    )
     return SimpleNamespace(**defaults | changes)
 
 
@@ -29,12 +40,13 @@ def logits(n=64, classes=10, scale=3.0, seed=0):
     g = torch.Generator().manual_seed(seed)
     z = scale * torch.randn(n, classes, generator=g, dtype=torch.float64)
     y = torch.randint(classes, (n,), generator=g)
-    z[torch.arange(n // 4), y[:n // 4]] += 40
-    z[torch.arange(n // 4, n // 2), y[n // 4:n // 2]] -= 40
+    z[torch.arange(n // 4), y[: n // 4]] += 40
+    z[torch.arange(n // 4, n // 2), y[n // 4 : n // 2]] -= 40
     return z.requires_grad_(), y
 
 
 # ---------------------------------------------- the paper's formulas, in NumPy, image by image
+
 
 def np_log_sum_exp(z):
     return z.max() + np.log(np.exp(z - z.max()).sum())
@@ -63,19 +75,21 @@ def np_mhuber(u, v, alpha):  # section 3
     H = []
     for a, b in zip(u.ravel(), v.ravel()):
         if abs(a - b) / alpha <= math.pi / 2:
-            H.append(alpha ** 2 * (1 - math.cos((a - b) / alpha)))
+            H.append(alpha**2 * (1 - math.cos((a - b) / alpha)))
         else:
-            H.append(alpha * abs(a - b) + (1 - math.pi / 2) * alpha ** 2)
+            H.append(alpha * abs(a - b) + (1 - math.pi / 2) * alpha**2)
     return sum(H) / len(H)
 
 
 def np_objective(script, adv, nat, ema_adv, ema_nat, y, a):
     """Table 1, row by row."""
+
     def mean(loss):
         return np.mean([loss(adv[i], nat[i], y[i]) for i in range(len(y))])
 
     def weighted_kl(adv, nat, y):
         return np_kl(nat, adv) * (1 - np.exp(nat[y] - np_log_sum_exp(nat)))
+
     loss = mean(lambda adv, nat, y: np_margin(adv, y, a.delta, a.margin_reduction))
     loss = a.margin_weight * loss + a.beta * np_mhuber(ema_adv, ema_nat, a.alpha)
     if script is train_at_ours:
@@ -90,6 +104,13 @@ def np_objective(script, adv, nat, ema_adv, ema_nat, y, a):
 
 # ----------------------------------------------------------------------------------- the tests
 
+
+def terms(script, adv, nat, y, ema_adv, ema_nat, a):
+    """script.objective; vanilla AT + Ours and LMA-AT have no term of the natural logits alone."""
+    nat = () if script in (train_lma_at, train_at_ours) else (nat,)
+    return script.objective(adv, *nat, y, ema_adv, ema_nat, a)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_margin_loss_is_the_papers_worked_example(script):
     """Eq. 10: scores 12, -6, 11, class 0, margin 8 violate the margin by 0 and 7; squared (eq. 11)
@@ -97,6 +118,24 @@ def test_margin_loss_is_the_papers_worked_example(script):
     z, y = torch.tensor([[12.0, -6.0, 11.0]]), torch.tensor([0])
     assert script.margin_loss(z, y, 8, "sum").item() == 49
     assert script.margin_loss(z, y, 8).item() == pytest.approx(49 / 3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_margin_loss_is_torchs_multi_margin_loss(script):
+    """With "mean" value and gradient equal those of torch's own kernel, an independent one."""
+    z, y = logits()
+    found, expected = script.margin_loss(z, y, 0.9), F.multi_margin_loss(z, y, p=2, margin=0.9)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradients = [torch.autograd.grad(loss, z)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("reduction", ["none", "Sum", ""])
+def test_margin_loss_refuses_an_unknown_reduction(script, reduction):
+    """torch's "none", or a misspelt "sum", is not taken for another reduction in silence."""
+    with pytest.raises(ValueError, match="neither 'mean' nor 'sum'"):
+        script.margin_loss(torch.zeros(2, 3), torch.tensor([0, 1]), 0.9, reduction)
 
 
 @pytest.mark.parametrize("script", [train_lma_at, train_mart_ours])
@@ -124,7 +163,7 @@ def test_objective_is_the_papers_in_numpy(script, reduction):
     (adv, y), (nat, _) = logits(seed=1), logits(seed=2)
     (ema_adv, _), (ema_nat, _) = logits(seed=3), logits(seed=4)
     a = arguments(margin_reduction=reduction)
-    ours = sum(script.objective(adv, nat, y, ema_adv, ema_nat, a).values()).item()
+    ours = sum(terms(script, adv, nat, y, ema_adv, ema_nat, a).values()).item()
     arrays = (t.detach().numpy() for t in (adv, nat, ema_adv, ema_nat, y))
     assert ours == pytest.approx(np_objective(script, *arrays, a), rel=1e-9)
 
@@ -139,7 +178,8 @@ def test_objective_gradient_is_finite_differences(script):
     def loss(adv, nat):
         ema_adv = a.tau * past_adv + (1 - a.tau) * adv
         ema_nat = a.tau * past_nat + (1 - a.tau) * nat
-        return sum(script.objective(adv, nat, y, ema_adv, ema_nat, a).values())
+        return sum(terms(script, adv, nat, y, ema_adv, ema_nat, a).values())
+
     assert torch.autograd.gradcheck(loss, (adv.requires_grad_(), nat.requires_grad_()))
 
 
@@ -155,6 +195,7 @@ def test_attack_maximises_margin_plus_ce(script):
     def ours(choice):
         extra = (F.log_softmax(nat, 1),) if script is train_trades_ours else ()
         return script.attack_loss(z, y, *extra, arguments(attack_loss=choice)).item()
+
     assert ours("margin+ce") == pytest.approx(margin + ce, rel=1e-9)
     assert ours("ce") == pytest.approx(ce, rel=1e-9)
     if script is train_trades_ours:
@@ -166,19 +207,20 @@ def test_a_term_of_weight_zero_is_left_out(script):
     """The plain methods have no L' and no mHuber, and those without KL no KL."""
     (adv, y), (nat, _) = logits(), logits(seed=5)
     a = arguments(margin_weight=0, beta=0, lam=0, inv_lambda=0)
-    assert len(script.objective(adv, nat, y, None, None, a)) == 1
+    assert len(terms(script, adv, nat, y, None, None, a)) == 1
 
 
 def test_mhuber_value_and_slope():
     """Value and slope are 0 at 0; at the seam |d| = alpha pi/2 both branches give value alpha^2 and
     slope alpha."""
     alpha = 2.345
-    seam, far = alpha * math.pi / 2, alpha * 10 + (1 - math.pi / 2) * alpha ** 2
-    d = torch.tensor([0.0, seam - 1e-9, seam + 1e-9, -seam - 1e-9, 10.0], dtype=torch.float64,
-                     requires_grad=True)
+    seam, far = alpha * math.pi / 2, alpha * 10 + (1 - math.pi / 2) * alpha**2
+    d = torch.tensor(
+        [0.0, seam - 1e-9, seam + 1e-9, -seam - 1e-9, 10.0], dtype=torch.float64, requires_grad=True
+    )
     value = torch.stack([common.mhuber(x, torch.zeros_like(x), alpha) for x in d])
-    slope, = torch.autograd.grad(value.sum(), d)
-    expected = torch.tensor([0, alpha ** 2, alpha ** 2, alpha ** 2, far], dtype=torch.float64)
+    (slope,) = torch.autograd.grad(value.sum(), d)
+    expected = torch.tensor([0, alpha**2, alpha**2, alpha**2, far], dtype=torch.float64)
     assert torch.allclose(value, expected, atol=1e-7)
     expected = torch.tensor([0, alpha, alpha, -alpha, alpha], dtype=torch.float64)
     assert torch.allclose(slope, expected, atol=1e-8)
@@ -187,6 +229,7 @@ def test_mhuber_value_and_slope():
 
 
 # ---------------------------- parity: the published baselines, from their formulas and guards
+
 
 def published(method, adv, nat, y):
     """The loss of each baseline's public code, with its guards (1.0001, 1e-12, 1.0000001)."""
@@ -208,13 +251,14 @@ BASELINES = {"vanilla AT": train_at_ours, "TRADES": train_trades_ours, "MART": t
 
 def ours(method, adv, nat, y):
     a = arguments(margin_weight=0, beta=0)
-    return sum(BASELINES[method].objective(adv, nat, y, None, None, a).values())
+    return sum(terms(BASELINES[method], adv, nat, y, None, None, a).values())
 
 
 def gradients(loss, *logits):
     """Zeros for what the loss does not depend on."""
-    return torch.autograd.grad(loss, logits, allow_unused=True, materialize_grads=True,
-                               retain_graph=True)
+    return torch.autograd.grad(
+        loss, logits, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
 
 
 @pytest.mark.parametrize("method", ["vanilla AT", "TRADES"])
@@ -250,19 +294,34 @@ def test_mart_is_the_published_method_up_to_its_guards():
         assert torch.allclose(g, h, rtol=1e-9, atol=1e-12)
 
 
-def test_the_readmes_loop_trains():
-    """The README's loop, run as it is printed, lowers its loss on one batch; at most 15 lines."""
+def test_the_readmes_loop_is_train_epoch(monkeypatch):
+    """The README's loop, run as it is printed, gives the weights that train_epoch gives.
+
+    Three batches in float64: a swapped tau, a missing beta or another order of the two forward
+    passes would show.
+    """
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
-    torch.manual_seed(0)
-    model = common.make_model("wrn-10-1", 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    names = {**vars(common), **vars(train_lma_at), "model": model, "optimizer": optimizer,
-             "batch_size": 8, "num_classes": 10, "device": "cpu"}
-    batch = torch.rand(8, 3, 16, 16), torch.arange(8)
-    losses = []
-    for steps in (1, 10):
-        scope = names | {"batches": [batch] * steps}
-        exec(code, scope)
-        losses.append(scope["loss"].item())
-    assert losses[1] < 0.8 * losses[0] and code.count("\n") <= 15
+    x, y = torch.rand(3, 8, 3, 16, 16, dtype=torch.float64), torch.arange(24).view(3, 8) % 10
+    monkeypatch.setattr(sys, "argv", ["train_lma_at.py"])
+    args = train_lma_at.parse_args()  # the paper's constants on CIFAR-10
+
+    def train(loop):
+        torch.manual_seed(0)
+        model = common.make_model("wrn-10-1", 10).double()
+        loop(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+        return model.state_dict()
+
+    def readmes(model, optimizer):
+        torch.set_default_dtype(torch.float64)
+        given = {"model": model, "optimizer": optimizer, "batches": list(zip(x, y))}
+        exec(code, given | {"batch_size": 8, "num_classes": 10, "device": "cpu"})
+        torch.set_default_dtype(torch.float32)
+
+    def ours(model, optimizer):
+        past = torch.zeros(2, 8, 10, dtype=torch.float64)
+        batches = [(images, labels, torch.arange(8)) for images, labels in zip(x, y)]
+        train_lma_at.train_epoch(model, model, optimizer, batches, *past, args)
+
+    found, expected = train(readmes), train(ours)
+    assert all(torch.allclose(found[k], expected[k], rtol=0, atol=1e-9) for k in expected)

@@ -387,10 +387,9 @@ def open_run(args, device):
             fail(f"{best} is missing; put it back beside last.pt, or choose another --run-dir")
     elif args.resume and (best.exists() or metrics.exists()):
         fail(f"{last} is missing; put it back to continue, or choose another --run-dir")
-    if RANK == 0:
-        for part in folder.glob("*.tmp"):  # of a save that was killed
-            part.unlink()
-        save(lambda part: part.write_text(json.dumps(vars(args), indent=1)), folder / "args.json")
+    for part in folder.glob("*.tmp") if RANK == 0 else ():  # left by a save that was killed
+        part.unlink()
+    save(lambda part: part.write_text(json.dumps(vars(args), indent=1)), folder / "args.json")
     return state
 
 
@@ -427,7 +426,7 @@ def save(write, path):
 
 
 def save_epoch(args, history, model, optimizer, ema_adv, ema_nat):
-    """Write metrics.csv, last.pt and, if the epoch just done is the best in `history`, best.pt."""
+    """Write best.pt, if the epoch just done is the best in `history`, last.pt and metrics.csv."""
 
     def write_metrics(part):
         with open(part, "w", newline="") as file:
@@ -436,13 +435,13 @@ def save_epoch(args, history, model, optimizer, ema_adv, ema_nat):
             table.writerows(history)
 
     folder, epoch = Path(args.run_dir), history[-1]["epoch"]
-    save(write_metrics, folder / "metrics.csv")
     state = {"model": model.state_dict(), "args": vars(args), "epoch": epoch}
     if args.val_size and epoch == max(history, key=lambda row: row["val PGD-10"])["epoch"]:
         save(partial(torch.save, state), folder / "best.pt")
     state["optimizer"], state["history"] = optimizer.state_dict(), history
     state["ema_adv"], state["ema_nat"] = all_rows(ema_adv), all_rows(ema_nat)
     save(partial(torch.save, state), folder / "last.pt")
+    save(write_metrics, folder / "metrics.csv")
 
 
 def check_finite(model, terms, epoch):

@@ -1,5 +1,6 @@
 """On a GPU: every script end to end, --amp and --compile, resume, evaluate. Skipped, visibly, where
 there is none."""
+
 import sys
 from itertools import chain
 
@@ -13,8 +14,9 @@ import train_mart_ours
 import train_trades_ours
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
-                                reason="no CUDA device: nothing here has been checked on a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: nothing here has been checked on a GPU"
+)
 SMALL = ["--dataset", "shapes", "--device", DEVICE]
 
 
@@ -27,13 +29,16 @@ def call(monkeypatch):
     def call(script, *options):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
         script.main()
+
     return call
 
 
-@pytest.mark.parametrize("options", [[], ["--ema", "image"], ["--amp"], ["--compile"],
-                                     ["--amp", "--compile"]])
-@pytest.mark.parametrize("script", [train_lma_at, train_at_ours, train_trades_ours,
-                                    train_mart_ours])
+@pytest.mark.parametrize(
+    "options", [[], ["--ema", "image"], ["--amp"], ["--compile"], ["--amp", "--compile"]]
+)
+@pytest.mark.parametrize(
+    "script", [train_lma_at, train_at_ours, train_trades_ours, train_mart_ours]
+)
 def test_trains_and_resumes_on_cuda(script, options, tmp_path, monkeypatch, call):
     options = [*SMALL, "--val-size", 100, "--epochs", 2, "--run-dir", tmp_path, *options]
     with monkeypatch.context() as patch, pytest.raises(IndexError):  # the second epoch ends the run
@@ -58,6 +63,7 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
         batches = common.shuffled_batches(x, y, 50, 0, number)
         batches = chain([next(batches)], batches)  # the order of the epoch is sent to the device
         return [model, model, optimizer, batches, past, past.clone(), args]
+
     train_lma_at.train_epoch(*epoch(1))
     second = epoch(2)
     torch.cuda.set_sync_debug_mode("error")
@@ -69,6 +75,7 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
 
 def test_evaluates_on_cuda(tmp_path, capsys, call):
     import evaluate
+
     call(train_lma_at, *SMALL, "--val-size", 0, "--epochs", 1, "--run-dir", tmp_path)
     call(evaluate, tmp_path / "last.pt", "--n", 20, "--attacks", "Clean", "FGSM", "PGD-20", "AA")
     assert "AA" in capsys.readouterr().out

@@ -242,7 +242,11 @@ def fingerprint(x, y):
 
 
 def hold_out(data, n, device):
-    """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out."""
+    """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out.
+
+    open: the paper does not say which epoch it reports. Here the best on the held-out images is
+    kept, since choosing on the test set overstates the accuracy (Rice et al. 2020).
+    """
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     n_train = max(0, len(order) - n)
     train, val = order[:n_train], order[n_train:]
@@ -277,7 +281,10 @@ def shuffled_batches(x, y, batch_size, seed, epoch):
 
 
 def augment(x):
-    """Float images: a random crop after padding by 4 zero pixels, and a random flip, of each."""
+    """Float images: a random crop after padding by 4 zero pixels, and a random flip, of each.
+
+    open: the paper names no augmentation; this is that of TRADES and MART.
+    """
     n, _, height, width = x.shape
     crops = F.pad(x, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # n x 3 x 9 x 9 x H x W
     top, left = torch.randint(9, (2, n), device=x.device)

@@ -123,10 +123,13 @@ def margin_loss(logits, y, delta, reduction="mean"):
 
 
 def boosted_cross_entropy(logits, y):
-    """BCE (eq. 7) of logits [N, C]: -log p_y - log(1 - max_{k != y} p_k), batch average."""
+    """BCE (eq. 7) of logits [N, C]: -log p_y - log(1 - max_{k != y} p_k), batch average.
+
+    open: the logarithm is exact here; MART's code takes log(1.0001 - p_k) instead.
+    """
     log_p = F.log_softmax(logits, 1)
     k = log_p.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True)
-    log_rest = log_p.scatter(1, k, -torch.inf).logsumexp(1)  # log(1 - p_k), exact: all but k
+    log_rest = log_p.scatter(1, k, -torch.inf).logsumexp(1)  # log(1 - p_k): all classes but k
     return F.nll_loss(log_p, y) - log_rest.mean()
 
 
@@ -198,7 +201,10 @@ def train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args):
 
 
 def learning_rate(epoch, epochs, lr):
-    """A tenth from the 75th of 130 epochs on, again from the 90th (section 5.1)."""
+    """A tenth from the 75th of 130 epochs on, a hundredth from the 90th (section 5.1).
+
+    open: with another number of epochs, after the same parts of them.
+    """
     done = (epoch - 1) / epochs
     if done >= 89 / 130:
         return lr / 100

@@ -332,9 +332,8 @@ def square(model, x, y, epsilon, generators, queries=5000):
         if len(s.row) == 0:
             break
         side = square_side(k, h, w)
-        top, left, sign = draws[s.row, k, None].split(
-            (1, 1, c), 2
-        )  # [n, 1, 1], [n, 1, 1], [n, 1, c]
+        draw = draws[s.row, k, None]  # [n, 1, 2 + c]
+        top, left, sign = draw.split((1, 1, c), 2)
         span = torch.arange(side, device=x.device)
         rows = (top * (h - side + 1)).long() + span[:, None]  # [n, side, 1]
         columns = (left * (w - side + 1)).long() + span  # [n, 1, side]
@@ -366,7 +365,7 @@ def spsa(model, x, y, epsilon, generators, steps=20, samples=100, delta=0.001, l
         for i, row in enumerate(s.row.tolist()):
             g = generators[row]
             octets = torch.randint(256, size, generator=g, device=x.device, dtype=torch.uint8)
-            v = (octets >> bits & 1).flatten(0, 1)[:samples] * 2.0 - 1
+            v = (octets >> bits & 1).flatten(0, 1)[:samples].to(x.dtype) * 2 - 1
             f = logits_of(model, torch.cat([s.x_adv[i] + delta * v, s.x_adv[i] - delta * v]))
             ahead, behind = margin(f, s.y[i].expand(2 * samples)).chunk(2)
             s.grad[i] = torch.einsum("s,schw->chw", (ahead - behind) / (2 * delta * samples), v)
@@ -621,11 +620,9 @@ def load_network(path, saved, arch, num_classes, mean=None, std=None):
     if mean is None:
         refuse_standardising(path, saved)
     model = common.make_model(arch, num_classes)
-    own = model.state_dict()
-    state = find_state_dict(path, saved, own.keys())
-    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    state = find_state_dict(path, saved, model.state_dict().keys())
     try:
-        model.load_state_dict(state | counters)
+        model.load_state_dict(state)
     except RuntimeError as error:  # it names weights that are missing, unexpected, of other shape
         fail(f"{path}: {error!s:.400}; choose another --arch or --dataset, or rename the weights")
     for name, weight in state.items():

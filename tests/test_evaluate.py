@@ -642,7 +642,7 @@ def test_the_papers_numbers():
     assert seen == set(evaluate.ROWS)
 
 
-# README, "The paper's rows as commands"
+# README, "The paper's experiments"
 COMMANDS = [
     (train_lma_at, "", "LMA-AT(Ours)"),
     (train_at_ours, "", "vanillaAT + Ours"),

@@ -361,11 +361,11 @@ METHOD = (
 
 @pytest.mark.parametrize("a, b", [*itertools.combinations(SCRIPTS, 2)])
 def test_scripts_differ_in_the_method_alone(a, b):
-    """`diff` of two scripts: under 60 lines, and outside docstring and loss functions only lines
+    """`diff` of two scripts: under 66 lines, and outside docstring and loss functions only lines
     that name the method."""
     texts = [(ROOT / f"{s.__name__}.py").read_text() for s in (a, b)]
     changed = [line for line in difflib.ndiff(*(t.splitlines() for t in texts)) if line[0] in "+-"]
-    assert len(changed) < 60
+    assert len(changed) < 66
     for name in ("margin_loss", "train_epoch", "learning_rate", "main", "parse_args", "objective"):
         lines = difflib.ndiff(*(inspect.getsource(getattr(s, name)).splitlines() for s in (a, b)))
         strange = [line for line in lines if line[0] in "+-" and not re.search(METHOD, line)]

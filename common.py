@@ -390,11 +390,10 @@ def open_run(args, device):
     state = None
     if args.resume and last.exists():
         state = read_last(last, args, device)
-        if args.val_size and not best.exists():
-            fail(f"{best} is missing; put it back beside last.pt, or choose another --run-dir")
+        save_best_and_metrics(args, state)  # a kill may have come before they were written
     elif args.resume and (best.exists() or metrics.exists()):
         fail(f"{last} is missing; put it back to continue, or choose another --run-dir")
-    for part in folder.glob("*.tmp") if RANK == 0 else ():  # left by a save that was killed
+    for part in folder.glob("*.pt.*.tmp") if RANK == 0 else ():  # left by a save that was killed
         part.unlink()
     save(lambda part: part.write_text(json.dumps(vars(args), indent=1)), folder / "args.json")
     return state
@@ -433,7 +432,24 @@ def save(write, path):
 
 
 def save_epoch(args, history, model, optimizer, ema_adv, ema_nat):
-    """Write best.pt, if the epoch just done is the best in `history`, last.pt and metrics.csv."""
+    """Write last.pt after the epoch of the newest row of `history`, and what follows from it."""
+    last = {"model": model.state_dict(), "args": vars(args), "epoch": history[-1]["epoch"]}
+    last |= {"optimizer": optimizer.state_dict(), "history": history}
+    last |= {"ema_adv": all_rows(ema_adv), "ema_nat": all_rows(ema_nat)}
+    save(partial(torch.save, last), Path(args.run_dir) / "last.pt")
+    save_best_and_metrics(args, last)
+
+
+def save_best_and_metrics(args, last):
+    """Write best.pt, if the epoch of last.pt is the best of all, and metrics.csv."""
+    best, history = Path(args.run_dir) / "best.pt", last["history"]
+    if args.val_size:
+        first_best = max(history, key=lambda row: row["val PGD-10"])["epoch"]
+        if first_best == last["epoch"]:
+            state = {name: last[name] for name in ("model", "args", "epoch")}
+            save(partial(torch.save, state), best)
+        elif not best.exists():
+            fail(f"{best} is missing; put it back beside last.pt, or choose another --run-dir")
 
     def write_metrics(part):
         with open(part, "w", newline="") as file:
@@ -441,14 +457,7 @@ def save_epoch(args, history, model, optimizer, ema_adv, ema_nat):
             table.writeheader()
             table.writerows(history)
 
-    folder, epoch = Path(args.run_dir), history[-1]["epoch"]
-    state = {"model": model.state_dict(), "args": vars(args), "epoch": epoch}
-    if args.val_size and epoch == max(history, key=lambda row: row["val PGD-10"])["epoch"]:
-        save(partial(torch.save, state), folder / "best.pt")
-    state["optimizer"], state["history"] = optimizer.state_dict(), history
-    state["ema_adv"], state["ema_nat"] = all_rows(ema_adv), all_rows(ema_nat)
-    save(partial(torch.save, state), folder / "last.pt")
-    save(write_metrics, folder / "metrics.csv")
+    save(write_metrics, best.with_name("metrics.csv"))
 
 
 def check_finite(model, terms, epoch):
@@ -521,7 +530,7 @@ def number(low, high=10**6, kind=float):
                 f"{text!r} is not a number such as 100 or 8/255"
             ) from None
         if not low <= value <= high:
-            hint = f", did you mean {text}/255?" if high == 1 and value > 1 else ""
+            hint = f", did you mean {text}/255?" if high == 1 and value > 1 and not bottom else ""
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}{hint}")
         return value
 
@@ -536,6 +545,7 @@ def print0(*args, **kwargs):
 
 def fail(message):
     """End the program with one line on stderr, exit status 2: an error that the user can mend."""
+    live("")  # an error does not stand behind a line of progress
     print("error:", *message.split(), file=sys.stderr, flush=True)
     if WORLD > 1:
         os._exit(2)  # at once, as the other processes may wait for this one

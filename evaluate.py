@@ -7,7 +7,8 @@
 
 The table (Markdown) and checks for masked gradients go to stdout, progress goes to stderr. The
 predictions are kept in best.eval.json, with other settings in a file such as
-best.n1000.eps4.eval.json. The same command continues from this file.
+best.n1000.eps4.eval.json. The same command continues from this file, which is written after every
+few images, under torchrun after every attack.
 
 The attacks can be called, or copied, on their own:
 
@@ -17,8 +18,8 @@ The attacks can be called, or copied, on their own:
 
 Here model maps images [N, 3, H, W] in [0, 1] to logits [N, C], and x are images with labels y [N]
 that it classifies correctly. Each image has its own random numbers, so that its result does not
-depend on the other images of the batch. An image leaves the batch at its first misclassified
-iterate, which is its result.
+depend on the other images of the batch. As soon as an iterate is misclassified, the attack stops
+for this image and returns this iterate.
 """
 
 import json
@@ -66,6 +67,8 @@ def gradient(model, x, loss, y, *target):
         logits = model(part)
         value = loss(logits, *labels)
         grad = torch.autograd.grad(value.sum(), part)[0]
+        if not (logits.isfinite().all() and grad.isfinite().all()):  # the sign of NaN is no attack
+            raise FloatingPointError("the logits of a network, or their gradients, are not finite")
         fooled = logits.argmax(1) != labels[0]
         found.append((fooled, value.detach().view(-1, 1, 1, 1), grad))
     return [torch.cat(column) for column in zip(*found, strict=True)]
@@ -118,7 +121,7 @@ def linf_norm(d):
     return d.abs().amax((1, 2, 3), keepdim=True)
 
 
-def cross_entropy(logits, y, target=None):
+def cross_entropy(logits, y):
     """Cross-entropy [N] of each image."""
     return F.cross_entropy(logits, y, reduction="none")
 
@@ -188,6 +191,7 @@ def apgd_checkpoints(steps):
 def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, steps=100):
     """Auto-PGD (Croce & Hein 2020b, Algorithm 1): each image finds its own step size.
 
+    It maximises loss(logits, y), or loss(logits, y, target) if target classes [N] are given.
     Returns the first misclassified iterate of an image, or else the one of largest loss.
     """
     low, high = box(x, epsilon)
@@ -206,7 +210,8 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
 
     for k in range(steps):
         s.value_before = s.value
-        fooled, s.value, s.grad = gradient(model, s.x_adv, loss, s.y, s.target)
+        targets = () if target is None else (s.target,)
+        fooled, s.value, s.grad = gradient(model, s.x_adv, loss, s.y, *targets)
         s.drop(fooled, result)
         if len(s.row) == 0:
             return result
@@ -381,6 +386,7 @@ def spsa(model, x, y, epsilon, generators, steps=20, samples=100, delta=0.001, l
     return result
 
 
+# Whoever changes an attack raises RESULTS_VERSION, so that older results are not continued.
 ATTACKS = {
     "Clean": lambda model, x, y, epsilon, generators: x,
     "FGSM": fgsm,
@@ -481,6 +487,11 @@ METHODS = {  # (script, attack loss, weight of L' in the loss, tau or None witho
 }
 
 
+def short(value):
+    """A setting as the table shows it: a number of at most four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def paper_method(trained):
     """The paper's name for what a training script's arguments make, and what differs, or None."""
     dataset, arch, tau = trained["dataset"], trained["arch"], trained["tau"]
@@ -497,8 +508,9 @@ def paper_method(trained):
     name = METHODS.get((trained["method"], trained["attack_loss"], trained["margin_weight"], tau))
     differ = []
     for key, value in wanted.items():
-        if trained.get(key, value) != value:
-            differ.append(f"{key} {trained[key]!s:.6} ({value!s:.6})")
+        own = trained.get(key, value)
+        if own != value:
+            differ.append(f"{key} {short(own)} ({short(value)})")
     return f"{name}, settings differ: {', '.join(differ)}" if name and differ else name
 
 
@@ -571,8 +583,8 @@ def refuse_contradictions(path, trained, args):
     for name, value in own.items():
         if getattr(args, name) not in (None, value):
             fail(
-                f"--{name}: is for foreign weights, and {path} says itself what it is ({name}: "
-                f"{value}); leave --{name} out, or give it in a command without {path}"
+                f"--{name} is for foreign weights, but {path} was trained here and its {name} is "
+                f"{value}; leave --{name} out, or give it in a command without {path}"
             )
 
 
@@ -594,9 +606,11 @@ def find_state_dict(path, saved, wanted):
     """{name here: weight} from the only dict in the file that has some of the wanted names."""
     dicts = list(nested_dicts(saved))
     found = [pair for pair in dicts if wanted & {plain_name(key) for key in pair[1]}]
-    if len(found) != 1:
-        places = [place for place, _ in found]
-        fail(f"{path}: {len(found)} state_dicts fit --arch {places}; save the one that is meant")
+    if not found:
+        fail(f"{path}: holds no weights of this --arch; give a state_dict, or another --arch")
+    if len(found) > 1:
+        places = ", ".join(place for place, _ in found)
+        fail(f"{path}: {len(found)} state_dicts fit ({places}); save the one that is meant")
     state = {}
     for key, weight in found[0][1].items():
         name = plain_name(key)
@@ -658,7 +672,11 @@ class Evaluation:
         self.device, self.group = device, group  # group: the processes of torchrun
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
         self.checks = []
-        differs = [args.dataset, args.n and f"n{args.n}", args.seed and f"seed{args.seed}"]
+        differs = [
+            None if checkpoint.trained else args.dataset,
+            args.n and f"n{args.n}",
+            args.seed and f"seed{args.seed}",
+        ]
         differs += [checkpoint.mean and "standardised"]
         differs += [args.epsilon != 8 / 255 and f"eps{255 * args.epsilon:g}"]
         name = ".".join([Path(self.path).stem, *filter(None, differs), "eval.json"])
@@ -680,7 +698,10 @@ class Evaluation:
             self.paper = ROWS.get((dataset, arch, self.method), {})
 
     def save(self):
-        """Write the file, after taking in what another evaluation has written there meanwhile."""
+        """Write the file, after taking in what another evaluation has written there meanwhile.
+
+        Of two saves within the same milliseconds one may be lost until the next save.
+        """
         self.share()
         if RANK == 0 and self.out.exists():
             self.read()
@@ -750,8 +771,9 @@ class Evaluation:
 
 
 # ------------------------------------------------------------------------------- running a column
-# How often a network sees an image that survives an attack: for the time left, and nothing else.
-TIMES_SEEN = dict(zip(ATTACKS, (1, 2, 21, 101, 21, 102, 920, 1811, 5002, 4021), strict=True))
+# How often a network sees an image that survives an attack. The time left is estimated from it.
+TIMES_SEEN = {"Clean": 1, "FGSM": 2, "PGD-20": 21, "PGD-100": 101, "CW": 21, "APGD-CE": 102}
+TIMES_SEEN |= {"APGD-T": 920, "FAB-T": 1811, "SQUARE": 5002, "SPSA": 4021}
 
 
 class Watched(nn.Module):
@@ -1067,6 +1089,7 @@ def main():
     args = parse_args()
     device = common.setup(args.device)
     torch.backends.cudnn.benchmark = False  # the size of a pass varies
+    torch.backends.cudnn.allow_tf32 = False  # TF32's rounding would depend on the other images
     BATCH_SIZE = args.batch_size or (512 if device.type == "cuda" else 64)
     try:
         evaluate(args, device)

@@ -702,7 +702,7 @@ def test_paper_method(saved):
     for held_out in ({"val_size": 0}, {"val_size": 1000}):
         assert evaluate.paper_method(lma | held_out) == "LMA-AT(Ours)"
     trades = trained_by(train_trades_ours, *COMMANDS[5][1].split())
-    assert evaluate.paper_method(trades | {"inv_lambda": 1.0}).endswith(": inv_lambda 1.0 (6)")
+    assert evaluate.paper_method(trades | {"inv_lambda": 1.0}).endswith(": inv_lambda 1 (6)")
     assert evaluate.paper_method(trades | {"attack_loss": "ce"}) is None
     mart = trained_by(train_mart_ours, *COMMANDS[6][1].split())
     assert evaluate.paper_method(mart | {"lam": 6.0}).endswith(": lam 6.0 (5)")
@@ -1158,11 +1158,11 @@ def test_options_that_contradict_a_checkpoint_of_ours(refused, saved, tmp_path):
     foreign, ours = tmp_path / "foreign.pt", tmp_path / "ours.pt"
     torch.save(saved["model"], foreign)
     torch.save(saved, ours)
-    assert "--mean: is for foreign weights" in refused(None, *standardise)
-    assert "--mean: is for foreign weights" in refused(foreign, ours, *FOREIGN, *standardise)
-    assert "--arch: is for foreign weights" in refused(None, "--arch", "wrn-16-1")
-    assert "--dataset: is for foreign weights" in refused(None, "--dataset", "cifar10")
-    assert "--method: is for foreign weights" in refused(None, "--method", "TRADES")
+    assert "--mean is for foreign weights" in refused(None, *standardise)
+    assert "--mean is for foreign weights" in refused(foreign, ours, *FOREIGN, *standardise)
+    assert "--arch is for foreign weights" in refused(None, "--arch", "wrn-16-1")
+    assert "--dataset is for foreign weights" in refused(None, "--dataset", "cifar10")
+    assert "--method is for foreign weights" in refused(None, "--method", "TRADES")
 
 
 def test_figure1s_network_has_all_checks(refused, saved, shapes, tmp_path, monkeypatch):
@@ -1206,15 +1206,15 @@ def test_other_networks_weights(refused, saved):
     small = state | {"fc.weight": weight[:5], "fc.bias": bias[:5]}
     assert "size mismatch for fc.weight" in refused(small, *FOREIGN)
     for nothing in ({"epoch": 3}, [1, 2], torch.ones(3), {1: torch.ones(1), (1, 2): 3}):
-        assert "0 state_dicts fit" in refused(nothing, *FOREIGN)
+        assert "holds no weights of this --arch" in refused(nothing, *FOREIGN)
     endless = {}
     endless["model"] = endless
-    assert "0 state_dicts fit" in refused(endless, *FOREIGN)
+    assert "holds no weights of this --arch" in refused(endless, *FOREIGN)
     double = state | {"linear.weight": weight * 0, "linear.bias": bias * 0}
     assert "linear.weight and another key mean fc.weight" in refused(double, *FOREIGN)
     assert "another key mean conv1.weight" in refused(state | prefixed(state, "module."), *FOREIGN)
     for several in ({"model": state, "ema": state}, {"model": state, "best": {"net": state}}):
-        assert "2 state_dicts fit --arch ['file.model'" in refused(several, *FOREIGN)
+        assert "2 state_dicts fit (file.model" in refused(several, *FOREIGN)
     own = {
         "mu": state | {"mu": torch.ones(3)},
         "normalize_input": {"net": state, "normalize_input": True},
@@ -1346,6 +1346,36 @@ def test_the_file_of_results_is_tried_first(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "run_attack", lambda *_: 1 / 0)
     for out in (tmp_path, Path("/dev/full"), tmp_path / "absent" / "r.json"):
         assert str(out) in refused(None, "--out", out)
+
+
+class BrokenGradient(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+def test_gradients_that_are_not_finite_are_no_robustness(images):
+    """The sign of NaN moves no pixel: an attack on such a network ends, and finds nothing robust."""
+    model = Wrapped(Flat(5), after=BrokenGradient.apply)
+    x, y = correct(model, images[:2])
+    for name in ("FGSM", "PGD-20", "CW", "APGD-CE", "APGD-T", "FAB-T"):
+        with pytest.raises(FloatingPointError):
+            attack(name, model, x, y)
+
+
+def test_apgd_takes_every_loss(images):
+    """Losses of logits and labels alone, as those of PGD and CW, are maximised too."""
+    model = Flat(5)
+    x, y = correct(model, images[:20])
+    for loss in (evaluate.cross_entropy, evaluate.cw_loss):
+        _, robust = attack("APGD-CE", model, x, y, 4 / 255, loss=loss)
+        assert robust.sum() <= exact_robust(model, x, y, 4 / 255).sum() + 3
 
 
 def test_logits_that_are_not_finite(refused, saved, tmp_path):

@@ -757,11 +757,39 @@ def test_a_run_without_its_last_pt_is_not_begun_anew(kept, images, run, refuses)
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
 
-def test_a_missing_best_pt_is_said_before_the_training(images, run, monkeypatch, refuses):
-    (run / "best.pt").unlink()
+def test_a_missing_best_pt_is_said_before_the_training(images, tmp_path, monkeypatch, refuses):
+    """last.pt is of the second epoch and best.pt, of the first, is gone."""
+    options = f"{small(images, tmp_path)} --epochs 2"
+    play(train_lma_at, monkeypatch, [(50, 40), (50, 20), (1, 2), (3, 4)])
+    call(train_lma_at, options, monkeypatch)
+    (tmp_path / "best.pt").unlink()
     monkeypatch.setattr(train_lma_at, "train_epoch", None)  # calling it would be a TypeError
-    error = refuses(train_lma_at, f"{small(images, run)} --epochs 1 --resume")
-    assert "best.pt is missing" in error
+    assert "best.pt is missing" in refuses(train_lma_at, f"{options} --resume")
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "metrics.csv"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_kill_between_two_saves_loses_nothing(name, epoch, images, tmp_path, monkeypatch):
+    """Killed before the save of one of the three files, a run resumes to the same files."""
+    scores, replace, saves = [(50, 40), (50, 60), (1, 2)], os.replace, itertools.count(1)
+
+    def killed(part, path):
+        if path.name == name and next(saves) == epoch:
+            raise KeyboardInterrupt
+        replace(part, path)
+
+    options = f"{small(images, tmp_path / 'run')} --epochs 2"
+    play(train_lma_at, monkeypatch, scores)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        call(train_lma_at, options, patch)
+    done = epoch if name != "last.pt" else epoch - 1
+    play(train_lma_at, monkeypatch, [*scores[done:2], *2 * scores[2:]])
+    call(train_lma_at, f"{options} --resume", monkeypatch)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and set(best) == {"model", "args", "epoch"}
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["val PGD-10"] for row in rows] == ["40", "60"]
 
 
 def test_what_killed_saves_left_is_removed(images, run, monkeypatch):

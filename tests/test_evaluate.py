@@ -705,7 +705,7 @@ def test_paper_method(saved):
     assert evaluate.paper_method(trades | {"inv_lambda": 1.0}).endswith(": inv_lambda 1 (6)")
     assert evaluate.paper_method(trades | {"attack_loss": "ce"}) is None
     mart = trained_by(train_mart_ours, *COMMANDS[6][1].split())
-    assert evaluate.paper_method(mart | {"lam": 6.0}).endswith(": lam 6.0 (5)")
+    assert evaluate.paper_method(mart | {"lam": 6.0}).endswith(": lam 6 (5)")
 
 
 def test_only_seeds_of_one_setting_on_one_data_set_are_averaged(
@@ -1361,7 +1361,7 @@ class BrokenGradient(torch.autograd.Function):
 
 
 def test_gradients_that_are_not_finite_are_no_robustness(images):
-    """The sign of NaN moves no pixel: an attack on such a network ends, and finds nothing robust."""
+    """The sign of NaN moves no pixel: an attack on such a network ends in an error."""
     model = Wrapped(Flat(5), after=BrokenGradient.apply)
     x, y = correct(model, images[:2])
     for name in ("FGSM", "PGD-20", "CW", "APGD-CE", "APGD-T", "FAB-T"):

@@ -739,7 +739,7 @@ def test_only_seeds_of_one_setting_on_one_data_set_are_averaged(
         assert note in text and f"| LMA-AT(Ours) ({tmp_path}/{name}" not in text
     found = {}
     for name in ("seed0", "seed1", "beta1", "dark"):
-        file = tmp_path / name / "best.shapes.n30.eval.json"
+        file = tmp_path / name / "best.n30.eval.json"
         found[name] = json.loads(file.read_text())["accuracy"]["Clean"]
     assert found["seed0"] == found["seed1"] == found["beta1"] != found["dark"]
     assert not list(tmp_path.glob("copy/*.json"))
@@ -782,15 +782,18 @@ def test_resume_after_kill(checkpoint, tmp_path, monkeypatch, capsys):
     assert json.loads(cut.read_text()) == whole and sum(attacked) == right - before
 
 
-def test_the_name_of_the_file(checkpoint, monkeypatch, capsys):
-    """What differs from the default stands in the name of the file."""
-    for more, name in (
-        ((), "best.n9"),
-        (("--epsilon", "4/255", "--seed", 1), "best.n9.seed1.eps4"),
-        (("--dataset", "shapes"), "best.shapes.n9"),
+def test_the_name_of_the_file(checkpoint, tmp_path, monkeypatch, capsys):
+    """What differs from the default stands in the name, and the data set of foreign weights."""
+    foreign = tmp_path / "best.pt"
+    torch.save(torch.load(checkpoint, weights_only=True)["model"], foreign)
+    for path, more, name in (
+        (checkpoint, (), "best.n9"),
+        (checkpoint, ("--epsilon", "4/255", "--seed", 1), "best.n9.seed1.eps4"),
+        (checkpoint, ("--dataset", "shapes"), "best.n9"),
+        (foreign, FOREIGN, "best.shapes.n9"),
     ):
-        assert start(monkeypatch, capsys, checkpoint, "--n", 9, "--attacks", "FGSM", *more)[0] == 0
-        checkpoint.with_name(f"{name}.eval.json").unlink()
+        assert start(monkeypatch, capsys, path, "--n", 9, "--attacks", "FGSM", *more)[0] == 0
+        path.with_name(f"{name}.eval.json").unlink()
 
 
 def test_figure1(checkpoint, shapes, tmp_path, monkeypatch, capsys):

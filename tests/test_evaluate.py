@@ -1428,7 +1428,7 @@ def test_torchrun_gives_the_same(checkpoint, tmp_path, monkeypatch, capsys):
     assert start(monkeypatch, capsys, *command, "--out", tmp_path / "one.json")[0] == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*torchrun, "--", PROGRAM, *map(str, command), "--out", tmp_path / "two.json"]
-    two = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    two = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ONE_THREAD)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("| Method |") == two.stdout.count("SUSPECT no") + 1 == 1
     one, two = (json.loads((tmp_path / f).read_text()) for f in ("one.json", "two.json"))

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 
 import numpy as np
 import pytest
@@ -398,6 +398,28 @@ def test_held_out_images_are_no_training_images_and_the_same_for_every_seed():
     assert len(x_train) == 30 and sorted(torch.cat([y_train, y_val]).tolist()) == list(range(40))
     assert torch.equal(x_val[:, 0, 0, 0], y_val) and torch.equal(x_train[:, 0, 0, 0], y_train)
     assert len(common.hold_out(data, 0, "cpu")[0]) == 40
+
+
+@pytest.mark.parametrize(
+    "world, batch_size, ema, fits",
+    [
+        (1, 40, "slot", True),
+        (1, 41, "slot", False),
+        (1, 8, "image", True),
+        (2, 8, "slot", True),
+        (2, 7, "slot", False),
+        (2, 2, "slot", False),
+        (2, 8, "image", False),
+    ],
+)
+def test_a_batch_must_fit_images_and_processes(world, batch_size, ema, fits, monkeypatch):
+    """40 images: one whole batch, equal parts of two or more; averages per image in one process."""
+    refusals = []
+    monkeypatch.setattr(common, "WORLD", world)
+    monkeypatch.setattr(common, "fail", refusals.append)
+    args = Namespace(batch_size=batch_size, ema=ema, val_size=0)
+    common.check_batch(args, 40)
+    assert (not refusals) == fits
 
 
 # ---------------------------------------------------------------------------------------- data

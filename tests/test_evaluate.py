@@ -789,7 +789,7 @@ def test_the_name_of_the_file(checkpoint, tmp_path, monkeypatch, capsys):
     for path, more, name in (
         (checkpoint, (), "best.n9"),
         (checkpoint, ("--epsilon", "4/255", "--seed", 1), "best.n9.seed1.eps4"),
-        (checkpoint, ("--dataset", "shapes"), "best.n9"),
+        (checkpoint, ("--dataset", "shapes", "--n", 1), "best.n1"),
         (foreign, FOREIGN, "best.shapes.n9"),
     ):
         assert start(monkeypatch, capsys, path, "--n", 9, "--attacks", "FGSM", *more)[0] == 0

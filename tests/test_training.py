@@ -1142,6 +1142,11 @@ def main():
     def kept(*args):
         models.append(make_model(*args))
         return models[-1]
+    distribute = train_lma_at.DistributedDataParallel
+    def without_broadcast(model, **options):
+        net = distribute(model, **options)
+        assert not net.broadcast_buffers  # each process keeps its own statistics in an epoch
+        return net
     def compare_and_save(write, path):
         for name, t in models[-1].state_dict().items():
             a, b = everyone(t)
@@ -1151,6 +1156,7 @@ def main():
         return learning_rate(epoch, *args) if epoch < 2 else 1 / 0
     common.setup = lambda *_: device
     common.make_model, common.save = kept, compare_and_save
+    train_lma_at.DistributedDataParallel = without_broadcast
     train({folder!r} + "/whole")
     train_lma_at.learning_rate = stop
     try:

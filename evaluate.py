@@ -198,7 +198,7 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
     t = 2 * uniform(generators, *x.shape[1:]) - 1
     start = (x + epsilon * t / linf_norm(t)).clamp(low, high)
     s, result = Standing(start, y=y, low=low, high=high), x.clone()
-    s.target = y if target is None else target
+    s.target = y if target is None else target  # without targets it is not used
     s.x_before = s.x_best = start
     s.grad_best = torch.zeros_like(x)
     s.step = torch.full_like(linf_norm(x), 2 * epsilon)

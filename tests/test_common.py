@@ -789,6 +789,15 @@ def test_numbers_are_typed_as_fractions_or_decimals():
             common.number(0, 1, kind)(text)
 
 
+def test_a_run_folder_is_made_with_the_folders_above_it(tmp_path):
+    """runs/ itself need not be there; a folder that is there, and empty, is taken too."""
+    folder = tmp_path / "runs" / "mine"
+    for _ in range(2):
+        assert common.open_run(Namespace(run_dir=str(folder), resume=False), "cpu") is None
+        assert [path.name for path in folder.iterdir()] == ["args.json"]
+        (folder / "args.json").unlink()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -203,7 +203,8 @@ def train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args):
 def learning_rate(epoch, epochs, lr):
     """A tenth from the 75th of 130 epochs on, a hundredth from the 90th (section 5.1).
 
-    open: with another number of epochs, after the same parts of them.
+    open: the paper gives no factor for the second drop; ten, as for the first. With another number
+    of epochs the rate drops after the same parts of them.
     """
     done = (epoch - 1) / epochs
     if done >= 89 / 130:

@@ -665,6 +665,52 @@ def test_shapes_are_deterministic_balanced_and_differ_between_train_and_test():
     assert not torch.equal(a.x_train[:1000], a.x_test)
 
 
+def test_shapes_hold_what_their_docstring_says():
+    """Found in the images of each class: a shape of 6 x 6 squares, symmetric, that stands out by
+    0.2 to 0.4 with one sign in all channels; a tile of +-2/255; noise of 0.02. No two classes
+    share shape or tile."""
+    images, labels = common.draw_shapes(5000, seed=3)
+    images, frame = images.double() / 255, torch.ones(32, 32, dtype=torch.bool)
+    frame[4:-4, 4:-4] = False  # nothing of the shape is there
+    ground = images[:, :, frame].mean(2)[:, :, None, None]
+    assert 0.28 < ground.min() < 0.32 and 0.68 < ground.max() < 0.72
+    assert ground.mean() == pytest.approx(0.5, abs=0.01)
+    shapes, tiles = set(), set()
+    for c in range(10):
+        x, level = images[labels == c], ground[labels == c]
+        inside = (x - level).abs().mean((0, 1)) > 0.1
+        squares = inside[4:-4, 4:-4].view(6, 4, 6, 4).transpose(1, 2).flatten(2)
+        assert (squares.all(2) == squares.any(2)).all() and not inside[frame].any()
+        assert torch.equal(inside, inside.flip(1))
+        shapes.add(tuple(inside.flatten().tolist()))
+
+        contrast = x[:, :, inside].mean(2) - level[:, :, 0, 0]
+        assert 0.18 < contrast.abs().min() < 0.22 and 0.37 < contrast.abs().max() < 0.41
+        assert contrast.abs().mean() == pytest.approx(0.3, abs=0.01)
+        assert (contrast.sign() == contrast.sign()[:, :1]).all()
+        assert 0.4 < (contrast[:, 0] > 0).double().mean() < 0.6
+
+        above = 255 * (x - level).mean(0)  # [3, 32, 32]
+        tile = torch.stack(
+            [
+                above[:, i::4, j::4][:, frame[i::4, j::4]].mean(1)  # one place of the tile
+                for i in range(4)
+                for j in range(4)
+            ],
+            1,
+        )
+        high = tile > tile.mean(1, keepdim=True)
+        for channel, where in zip(tile, high, strict=True):
+            step = channel[where].mean() - channel[~where].mean()
+            assert step == pytest.approx(4, abs=0.2)
+            assert channel[where].std() < 0.2 and channel[~where].std() < 0.2
+        tiles.add(tuple(high.flatten().tolist()))
+
+        noise = (255 * (x - level) - above)[:, :, frame].std() / 255
+        assert noise == pytest.approx(0.02, rel=0.02)
+    assert len(shapes) == len(tiles) == 10
+
+
 def broken_archive(path):
     (path / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
 

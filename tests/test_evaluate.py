@@ -6,6 +6,7 @@ tests/test_attacks.py compares the attacks with other implementations.
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -256,16 +257,6 @@ def test_targets_by_hand():
             harmless, model, torch.rand(1, 3, 8, 8), torch.tensor([0]), 0.1, generators(1)
         )
         assert seen == [[t] for t in range(1, min(10, classes))]
-
-
-def test_few_classes(images):
-    """With three classes APGD-T takes the targets there are: the exact robust accuracy."""
-    model = Flat(3)
-    x, y = correct(model, images)
-    exact = exact_robust(model, x, y, 1.5 / 255)
-    assert 10 < exact.sum() < 90
-    _, robust = attack("APGD-T", model, x, y, 1.5 / 255)
-    assert torch.equal(robust, exact)
 
 
 def test_random_numbers():
@@ -834,6 +825,22 @@ def test_figure1_with_nothing_misclassified(checkpoint, tmp_path, monkeypatch, c
     assert "'2nd': 0" in text and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_bars_of_figure1(checkpoint, tmp_path, monkeypatch):
+    """The highest bar of both attacks is 350 pixels high, the others are in proportion."""
+    drawn = {"PGD-20": [1, 0, 0, 0], "CW": [0, 1, 0, 0]}
+    e = subject(checkpoint, monkeypatch, "--n", 5, "--out", tmp_path / "r.json")
+    monkeypatch.setattr(evaluate, "wrong_class_ranks", lambda natural, e, name: drawn[name])
+    for counts in ([1, 0, 0, 0], [8, 4, 2, 1]):
+        drawn["PGD-20"] = counts
+        evaluate.figure1(tmp_path / "f.png", e.model, e)
+        pixels = np.asarray(Image.open(tmp_path / "f.png").convert("RGB"))[80:]
+        for name, colour in (("PGD-20", (31, 95, 168)), ("CW", (224, 138, 30))):
+            heights = (pixels == colour).all(2).sum(0)
+            found = [heights[30 + 215 * k : 245 + 215 * k].max() - 1 for k in range(4)]
+            expected = [350 * count / max(counts) for count in drawn[name]]
+            assert found == pytest.approx(expected, abs=1), name
+
+
 def test_figure1s_network_says_what_it_is(saved, checkpoint, tmp_path, monkeypatch, capsys):
     """Options for foreign weights are not forced on a natural network of ours: its own --arch, and
     images as they are."""
@@ -946,17 +953,63 @@ def test_checks_of_a_network(robust_net, right):
 
 
 class Fragile(nn.Module):
-    """It knows the images exactly as they are, and errs on everything else."""
+    """It knows the images exactly as they are, and errs on everything else.
 
-    def __init__(self, x, y):
+    What is nearest to one of the first `sturdy` images is always classified as that image.
+    """
+
+    def __init__(self, x, y, sturdy=0):
         super().__init__()
-        self.x, self.y = x, y
+        self.x, self.y, self.sturdy = x, y, sturdy
 
     def forward(self, x):
         distance = (x.flatten(1)[:, None] - self.x.flatten(1)).abs().amax(2)
         nearest = distance.argmin(1)
-        known = F.one_hot(self.y[nearest], 10) * (1 - 1e3 * distance.amin(1, keepdim=True))
-        return known - 0.5
+        penalty = 1e3 * distance.amin(1, keepdim=True) * (nearest >= self.sturdy)[:, None]
+        return F.one_hot(self.y[nearest], 10) * (1 - penalty) - 0.5
+
+
+def test_the_limits_of_the_checks(images):
+    """At most 5 % may stand at 64/255, at least 90 % must stand in noise, no gradient may be zero,
+    two calls may differ by 1e-4 of the largest logit, and probabilities are not below 0 and sum to
+    1. Each limit is tried from both sides."""
+    y = torch.arange(100) % 10
+
+    def passes(check, model, x=images, y=y):
+        (passed,) = [
+            passed
+            for passed, text in evaluate.network_checks(model, x, y, EPSILON, generators(len(x)))
+            if check in text
+        ]
+        return passed
+
+    for check, sturdy, wanted in (
+        ("64/255 breaks", 5, True),
+        ("64/255 breaks", 6, False),
+        ("uniform noise", 90, True),
+        ("uniform noise", 89, False),
+    ):
+        assert passes(check, Fragile(images, y, sturdy)) == wanted, (check, sturdy)
+
+    model = Flat(10)
+    bright = Wrapped(model, before=lambda x: x * (x.amax((1, 2, 3), keepdim=True) > 0.1))
+    one_black = images.clone()
+    one_black[7] = 0  # on it the network is constant
+    assert passes("gradient is not zero", bright)
+    assert not passes("gradient is not zero", bright, one_black)
+
+    for difference, wanted in ((0.9e-4, True), (1.2e-4, False)):
+        calls = itertools.count()
+        drifting = Wrapped(model, after=lambda z: z * (1 + next(calls) % 2 * difference))
+        assert passes("two calls agree", drifting, images[:50], y[:50]) == wanted, difference
+
+    for after, wanted in (
+        (lambda z: z.softmax(1), False),
+        (lambda z: 1.0002 * z.softmax(1), True),
+        (lambda z: z.softmax(1) - 1e-3 * torch.tensor([1.0, -1] * 5), True),
+        (lambda z: z - z.amin() + 1, True),
+    ):
+        assert passes("probabilities", Wrapped(model, after=after)) == wanted
 
 
 def test_masking_checks_of_an_evaluation(checkpoint, tmp_path, monkeypatch):

@@ -475,8 +475,8 @@ def final_test(model, data, args, device):
     barrier()  # process 0 has written the checkpoints
     folder, epsilon = Path(args.run_dir), args.epsilon or 8 / 255
     x, y = data.x_test.to(device), data.y_test.to(device)
-    tested = None
-    for name in ["last.pt", "best.pt"] if args.val_size else ["last.pt"]:
+    tested, names = None, ["last.pt", "best.pt"] if args.val_size else ["last.pt"]
+    for name in names:
         state = torch.load(folder / name, map_location=device, weights_only=True)
         if state["epoch"] != tested:  # the last epoch may be the best
             tested = state["epoch"]
@@ -498,7 +498,7 @@ def final_test(model, data, args, device):
     option = "" if epsilon == 8 / 255 else f" --epsilon {epsilon}"
     print0(
         f"{folder}/examples.png: natural images, adversarial images, their difference\n"
-        f"next: python evaluate.py {quote(str(folder / name))}{option}"
+        f"next: python evaluate.py {quote(str(folder / names[-1]))}{option}"
     )
 
 

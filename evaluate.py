@@ -1001,7 +1001,7 @@ def parse_args():
     add("--epsilon", type=number(0, 1), default="8/255", help="radius of the attacks")
     text = "images in one pass through the network; if not given, 512 on CUDA and 64 elsewhere"
     add("--batch-size", type=number(1, kind=int), help=text)
-    add("--seed", type=number(0, 2**31 - 1, int), default=0, help="seed of the attacks")
+    add("--seed", type=number(0, 2**31, int), default=0, help="seed of the attacks")
     add("--device", default="auto", help="cuda, cpu, ...; auto is cuda if there is one")
     add("--data-dir", help="where the data set is; if not given, where it was in the training")
     add("--out", help="file of the results of one checkpoint; if not given, see above")

@@ -13,10 +13,12 @@ import tarfile
 import time
 import zipfile
 from argparse import ArgumentTypeError, Namespace
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
@@ -890,8 +892,8 @@ def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slower(
 # ----------------------------------------------------------------------- devices and processes
 
 
-def under_torchrun(monkeypatch, name):
-    """The device for which setup() asks torch in process 1 of 2, on a machine with four GPUs."""
+def gpus_asked_for(name, torchrun, monkeypatch):
+    """The devices for which setup() asks torch on a machine with four GPUs, in process 1."""
     asked = []
 
     def zeros(*args, device):
@@ -899,7 +901,8 @@ def under_torchrun(monkeypatch, name):
         raise RuntimeError("far enough")
 
     for module, attribute, value in (
-        (common, "TORCHRUN", True),
+        (common, "TORCHRUN", torchrun),
+        (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "set_device", lambda device: asked.append(str(device))),
         (torch, "zeros", zeros),
     ):
@@ -910,11 +913,37 @@ def under_torchrun(monkeypatch, name):
     return asked
 
 
-def test_under_torchrun_each_process_has_its_own_gpu(monkeypatch, capsys):
-    """--device cuda is cuda:LOCAL_RANK there; a GPU by number, the same for all, is refused."""
-    assert under_torchrun(monkeypatch, "cuda") == ["cuda:1", "cuda:1"]
-    assert under_torchrun(monkeypatch, "cuda:0") == []
+@pytest.mark.parametrize(
+    "name, torchrun, expected",
+    [
+        ("auto", False, "cuda:0"),
+        ("cuda", False, "cuda:0"),
+        ("cuda:3", False, "cuda:3"),
+        ("auto", True, "cuda:1"),
+        ("cuda", True, "cuda:1"),
+    ],
+)
+def test_the_gpu_of_a_process(name, torchrun, expected, monkeypatch):
+    """The first GPU or the one that is named; under torchrun that of LOCAL_RANK."""
+    assert gpus_asked_for(name, torchrun, monkeypatch) == [expected, expected]
+
+
+def test_under_torchrun_no_gpu_is_named(monkeypatch, capsys):
+    """A GPU by number would be the same for all processes."""
+    assert gpus_asked_for("cuda:0", True, monkeypatch) == []
     assert "say --device cuda" in capsys.readouterr().err
+
+
+def test_processes_wait_for_a_download(monkeypatch):
+    """Process 0 may download for an hour and more while the others wait for it."""
+    groups = []
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, timeout: groups.append((backend, timeout))
+    )
+    common.setup("cpu")
+    ((backend, timeout),) = groups
+    assert backend == "gloo" and timeout >= timedelta(hours=1)
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}])

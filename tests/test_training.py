@@ -817,6 +817,13 @@ def test_examples_png_has_three_rows_of_images(n, tmp_path, monkeypatch):
     assert picture.shape[:2] == (3 * 34 + 2, columns * 34 + 2)  # 8 x 8, enlarged to 32 x 32
     greys = [picture[18, 18 + 34 * i, 0] for i in range(columns)]
     assert greys == x[torch.linspace(0, n - 1, columns).long(), 0, 0, 0].tolist()
+    natural, adversarial, difference = (
+        picture[2 + 34 * row : 34 + 34 * row, 2:34].astype(float) for row in range(3)
+    )
+    moved = adversarial - natural  # by up to 20 steps of 1/255
+    assert np.abs(moved).max() == pytest.approx(20, abs=1)
+    # epsilon, 0.1, is drawn as half of all grey values; the picture has 8 bits
+    assert np.abs(difference - (127.5 + moved / 0.2)).max() < 6
 
 
 def interrupted():
@@ -829,6 +836,55 @@ def test_ctrl_c_ends_a_program_and_not_the_notebook_that_runs_it(capsys):
         common.run(interrupted, "with --resume")
     assert stop.value.code == 130
     assert "the same command with --resume continues it" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_for_a_terminal_and_from_one_process(monkeypatch):
+    """Each line replaces the one before; a file, a pipe and the other processes get none."""
+    for stderr, rank, expected in (
+        (Terminal(), 0, "\r\033[Kone\r\033[Ktwo"),
+        (Terminal(), 1, ""),
+        (io.StringIO(), 0, ""),
+    ):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(common, "RANK", rank)
+        common.live("one")
+        common.live("two")
+        assert stderr.getvalue() == expected
+
+
+def test_the_time_left_of_an_epoch(monkeypatch):
+    """Ten batches of which each takes a second: after the first, nine seconds are left."""
+    shown = []
+    monkeypatch.setattr(common, "live", shown.append)
+    monkeypatch.setattr(common.time, "time", lambda: now[0])
+    now = [0.0]
+    for _ in common.progress(range(10), 10, "epoch 1/3"):
+        now[0] += 1
+    assert shown[0] == "epoch 1/3: 1 of 10, 0:00:09 left"
+    assert shown[4] == "epoch 1/3: 5 of 10, 0:00:05 left"
+    assert len(shown) == 11 and shown[-1] == ""  # in the end the line is cleared
+
+
+def test_under_torchrun_a_process_that_fails_ends_at_once(monkeypatch):
+    """Exit handlers would wait for the other processes, which wait for this one."""
+
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(os, "_exit", end)
+    for ending, status in ((lambda: common.fail("no"), 2), (interrupted, 130)):
+        with pytest.raises(Ended) as stop:
+            common.run(ending, "again")
+        assert stop.value.args == (status,)
 
 
 def test_a_terminal_that_cannot_write_a_character_gets_another(monkeypatch):

@@ -699,6 +699,28 @@ def test_paper_method(saved):
     assert evaluate.paper_method(mart | {"lam": 6.0}).endswith(": lam 6 (5)")
 
 
+@pytest.mark.parametrize("epsilon, shown", [("8/255", True), ("0.0313725", True), ("7/255", False)])
+def test_the_papers_row_is_shown_at_its_epsilon(
+    epsilon, shown, saved, tmp_path, monkeypatch, capsys
+):
+    """Below the accuracies of a method of the paper stand the paper's and the difference."""
+    row = ("shapes", "wrn-10-1", "TRADES")
+    monkeypatch.setitem(evaluate.ROWS, row, {"Clean": 12.5, "FGSM": 10.0})
+    torch.save(saved["model"], tmp_path / "foreign.pt")
+    command = (tmp_path / "foreign.pt", *FOREIGN, "--method", "TRADES", "--epsilon", epsilon)
+    _, text, _ = start(monkeypatch, capsys, *command, "--attacks", "FGSM", "--n", 2)
+    assert ("| paper, TRADES | 12.50 | 10.00 |\n| difference | " in text) == shown
+
+
+def test_tf32_and_the_choice_of_kernels_are_off(checkpoint, tmp_path, monkeypatch, capsys):
+    """Both would make the result of an image depend on the other images of its batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    command = (checkpoint, "--attacks", "FGSM", "--n", 1, "--out", tmp_path / "r.json")
+    assert start(monkeypatch, capsys, *command)[0] == 0
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.benchmark
+
+
 def test_only_seeds_of_one_setting_on_one_data_set_are_averaged(
     saved, shapes, tmp_path, monkeypatch, capsys
 ):

@@ -575,6 +575,7 @@ def test_several_seeds_and_the_papers_row():
 
     two = [run("a.pt", 0, 82, 49), run("b.pt", 1, 84, 49)]
     text = evaluate.table(two, ["Clean", "AA"])
+    assert text.startswith("| Method | Clean | AA |\n| --- | --- | --- |\n| TRADES (a.pt) |")
     assert "| TRADES (a.pt) | 82.00 [73.3, 88.3] | 49.00 [39.4, 58.7] |" in text
     assert "| TRADES, mean of 2 | 83.00 ± 12.71 | 49.00 ± 0.00 |" in text  # t = 12.71, s. e. 1
     assert "| paper, TRADES | 82.46 | 49.08 |" in text and "| difference | +0.54 | -0.08 |" in text
@@ -848,19 +849,24 @@ def test_figure1_with_nothing_misclassified(checkpoint, tmp_path, monkeypatch, c
 
 
 def test_the_bars_of_figure1(checkpoint, tmp_path, monkeypatch):
-    """The highest bar of both attacks is 350 pixels high, the others are in proportion."""
+    """The highest bar of both attacks is 350 pixels high, the others are in proportion. Above each
+    stands its number."""
     drawn = {"PGD-20": [1, 0, 0, 0], "CW": [0, 1, 0, 0]}
     e = subject(checkpoint, monkeypatch, "--n", 5, "--out", tmp_path / "r.json")
     monkeypatch.setattr(evaluate, "wrong_class_ranks", lambda natural, e, name: drawn[name])
     for counts in ([1, 0, 0, 0], [8, 4, 2, 1]):
         drawn["PGD-20"] = counts
         evaluate.figure1(tmp_path / "f.png", e.model, e)
-        pixels = np.asarray(Image.open(tmp_path / "f.png").convert("RGB"))[80:]
+        pixels = np.asarray(Image.open(tmp_path / "f.png").convert("RGB"))[70:]
         for name, colour in (("PGD-20", (31, 95, 168)), ("CW", (224, 138, 30))):
             heights = (pixels == colour).all(2).sum(0)
             found = [heights[30 + 215 * k : 245 + 215 * k].max() - 1 for k in range(4)]
             expected = [350 * count / max(counts) for count in drawn[name]]
             assert found == pytest.approx(expected, abs=1), name
+            for k, height in enumerate(found):
+                right = 30 + 215 * k + 107 + 107 * (name == "CW")
+                above = pixels[350 - int(height) : 368 - int(height), right - 80 : right - 10]
+                assert (above < 100).all(2).any(), (name, k)
 
 
 def test_figure1s_network_says_what_it_is(saved, checkpoint, tmp_path, monkeypatch, capsys):

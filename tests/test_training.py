@@ -388,6 +388,12 @@ def test_defaults_are_the_papers(monkeypatch):
         )
         assert (a.delta, a.tau, a.ema, a.margin_weight) == (0.9, 0.2, "slot", 1)
         assert (a.alpha, a.beta) == (5.345, 86)
+        assert (a.dataset, a.arch, a.seed, a.val_size) == ("cifar10", "resnet18", 0, 1000)
+        assert (a.data_dir, a.device, a.amp, a.compile) == ("data", "auto", False, False)
+        assert (a.margin_reduction, a.run_dir) == (
+            "mean",
+            f"runs/cifar10-resnet18-{a.method}-seed0",
+        )
         for options, alpha, beta in (
             ("--dataset cifar100", 5.345, 96),
             ("--dataset tinyimagenet", 6.345, 96),
@@ -715,6 +721,29 @@ def test_after_a_resume_the_best_epoch_is_the_best_of_all(images, tmp_path, monk
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 1
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["val PGD-10"] for row in rows] == ["40", "20", "30"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_time_left_of_a_run(script, images, tmp_path, monkeypatch, capsys):
+    """Epochs of ten seconds: after the first of five, 40 seconds are left. A resumed run counts
+    its own epochs alone."""
+    now = [1000.0]
+
+    def train_epoch(*_):
+        now[0] += 10
+        return {"BCE": torch.ones(())}
+
+    options = f"{small(images, tmp_path)} --epochs 5"
+    play(script, monkeypatch, [(50, 40)] * 7)
+    monkeypatch.setattr(script, "train_epoch", train_epoch)
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(script, "learning_rate", lambda epoch, *_: [0.1, 0.1][epoch - 1])
+        call(script, options, patch)
+    call(script, f"{options} --resume", monkeypatch)
+    shown = re.findall(r"images/s (\S+) .* left (\S+)", capsys.readouterr().out)
+    left = ["0:00:40", "0:00:30", "0:00:20", "0:00:10", "0:00:00"]
+    assert shown == [("4", time) for time in left]  # 40 images in ten seconds
 
 
 OTHER = {

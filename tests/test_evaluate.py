@@ -880,7 +880,7 @@ def test_figure1s_network_says_what_it_is(saved, checkpoint, tmp_path, monkeypat
     torch.save(saved["model"], foreign)
     drawn = []
     monkeypatch.setattr(evaluate, "figure1", lambda path, network, e: drawn.append(network))
-    command = (foreign, *FOREIGN, "--n", 3, "--attacks", "PGD-20", "CW")
+    command = (foreign, *FOREIGN, "--n", 3, "--attacks", "PGD-20", "CW", "--device", "cpu")
     command += ("--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2)
     figure = ("--figure1", natural, tmp_path / "f.png")
     status, _, _ = start(monkeypatch, capsys, *command, *figure)
@@ -1506,6 +1506,7 @@ def test_no_pass_is_larger_than_the_batch(checkpoint, monkeypatch, capsys, tmp_p
 def test_torchrun_gives_the_same(checkpoint, tmp_path, monkeypatch, capsys):
     """Two processes, each with half of the images, write the file that one process writes."""
     command = [checkpoint, "--n", 31, "--attacks", "PGD-20", "CW", "--epsilon", "1/255"]
+    command += ["--device", "cpu"]  # a machine with one GPU has none for the second process
     assert start(monkeypatch, capsys, *command, "--out", tmp_path / "one.json")[0] == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*torchrun, "--", PROGRAM, *map(str, command), "--out", tmp_path / "two.json"]

@@ -1,7 +1,7 @@
 """Speed as ratios in one run, and counted FLOPs. pytest does not run it; leave the machine idle.
 
     python tests/benchmark.py                 # steps of training, memory, start-up on a CPU
-    python tests/benchmark.py --device cuda   # on a GPU, with --compile too, in some 4 minutes
+    python tests/benchmark.py --device cuda   # on a GPU, with --compile too, in a few minutes
     python tests/benchmark.py --autoattack CHECKPOINT   # against pyautoattack, if installed
     python tests/benchmark.py --flops         # FLOPs of the paper's rows, counted
 

@@ -12,14 +12,14 @@ alone is a demonstration for a CPU.
 import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import common
-from common import RANK, WORLD, number, print0
+from common import WORLD, number, print0, radius
+
+METHOD = "at_ours"
 
 
 def parse_args():
@@ -39,8 +39,8 @@ def parse_args():
     )
     add("--weight-decay", type=number(0, 1), default=3.5e-3, help="weight decay of SGD")
     # the inner maximisation: x'
-    add("--epsilon", type=number(0, 1), default="8/255", help="radius; 0 is natural training")
-    add("--step-size", type=number(0, 1), default="2/255", help="PGD step size")
+    add("--epsilon", type=radius, default="8/255", help="radius; 0 is natural training")
+    add("--step-size", type=radius, default="2/255", help="PGD step size")
     add("--steps", type=number(1, kind=int), default=10, help="number of PGD steps")
     add(
         "--attack-loss",
@@ -79,28 +79,23 @@ def parse_args():
         help="training images held out to choose best.pt",
     )
     add("--seed", type=number(0, 2**31, int), default=0, help="seed of all random numbers")
-    add("--device", default="auto", help="cuda, cpu, ...; auto is cuda if there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cuda, cuda:1, cpu, ...")
     add("--amp", action="store_true", help="compute the networks in bfloat16")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--run-dir", help="folder of the run; if not given, one in runs/")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
+    # what the paper chooses by data set and network (section 5.1)
     if parser.parse_known_args()[0].dataset == "shapes":
         parser.set_defaults(arch="wrn-10-1", epochs=3, batch_size=50, lr=0.05, val_size=500)
+    given = parser.parse_known_args()[0]
+    alpha = 6.345 if given.dataset == "tinyimagenet" else 5.345
+    if given.arch.startswith("wrn"):
+        alpha = 2.345
+    beta = 96.0 if given.dataset in ("cifar100", "tinyimagenet") else 86.0
+    parser.set_defaults(alpha=alpha, beta=beta)
     args = parser.parse_args()
-
-    # what follows from the arguments, and is saved with them
-    args.method = Path(__file__).stem.removeprefix("train_")
-    args.processes = WORLD
-    if args.run_dir is None:
-        args.run_dir = f"runs/{args.dataset}-{args.arch}-{args.method}-seed{args.seed}"
-    if args.alpha is None:
-        args.alpha = 5.345
-        if args.dataset == "tinyimagenet":
-            args.alpha = 6.345
-        if args.arch.startswith("wrn"):
-            args.alpha = 2.345
-    if args.beta is None:
-        args.beta = 96 if args.dataset in ("cifar100", "tinyimagenet") else 86
+    common.name_run(parser, args, METHOD)
     return args
 
 
@@ -140,11 +135,10 @@ def objective(logits_adv, y, ema_adv, ema_nat, args):
     return terms
 
 
-def train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args):
+def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     """Algorithm 1 over `batches` of (images, labels, index). Returns the mean of each term.
 
-    ddp_model is the model or, under torchrun, its DistributedDataParallel. past_adv and past_nat
-    are logit'_{t-1} and logit_{t-1}, updated in place: [m, C], or [N, C] with --ema image.
+    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [m, C] or [N, C], are updated in place.
     """
     totals, steps = {}, 0
     model.train()
@@ -155,8 +149,8 @@ def train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args):
             if args.epsilon:
                 loss = partial(attack_loss, y=y, args=args)
                 x_adv = common.pgd(model, x, loss, args.epsilon, args.step_size, args.steps)
-            logits_nat = ddp_model(x).to(x.dtype) if args.beta else None
-            logits_adv = ddp_model(x_adv).to(x.dtype)
+            logits_nat = model(x).to(x.dtype) if args.beta else None
+            logits_adv = model(x_adv).to(x.dtype)
 
         # logit_t <- tau * logit_{t-1} + (1 - tau) * f(x), in which the past is constant
         ema_adv = ema_nat = None
@@ -170,6 +164,7 @@ def train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args):
         terms = objective(logits_adv, y, ema_adv, ema_nat, args)
         optimizer.zero_grad()
         sum(terms.values()).backward()
+        common.average(weight.grad for weight in model.parameters())  # over torchrun's processes
         optimizer.step()
         steps += 1
         for name, value in terms.items():  # stays on the device: .item() would wait for it
@@ -196,44 +191,35 @@ def main():
     device = common.setup(args.device, args.amp)
 
     # the data, all of them on the device
-    data = common.load_data(args.dataset, args.data_dir)
-    x_train, y_train, x_val, y_val = common.hold_out(data, args.val_size, device)
-    n, m, classes = len(x_train), args.batch_size // WORLD, len(data.classes)
+    train, test = common.load_splits(args)
+    x_train, y_train, x_val, y_val = common.hold_out(train, args.val_size, device)
+    n, m, classes = len(x_train), args.batch_size // WORLD, len(train.classes)
     common.check_batch(args, n)
-    args.classes = list(data.classes)
-    args.data = common.fingerprint(data.x_train, data.y_train)
 
     # the network, the optimiser, the moving averages
     torch.manual_seed(args.seed)
-    model = ddp_model = common.make_model(args.arch, classes)
+    model = common.make_model(args.arch, classes)
     model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile(mode="reduce-overhead")
-    if WORLD > 1:  # buffers: broadcasting would change batch norm's between a step's two passes
-        ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay)
     # open: Algorithm 1 keeps no state per image, so slot i averages logits of different images
     past_adv = torch.zeros(n if args.ema == "image" else m, classes, device=device)
     past_nat = torch.zeros_like(past_adv)  # logit_0 = logit'_0 = 0
 
-    # what --resume continues
-    history = []  # a row for each epoch
-    if state := common.open_run(args, device):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        past_adv.copy_(state["ema_adv"].chunk(WORLD)[RANK])
-        past_nat.copy_(state["ema_nat"].chunk(WORLD)[RANK])
-        history = state["history"]
+    history, best = common.open_run(args, model, optimizer, past_adv, past_nat)
     print0(
         f"{args.method} on {args.dataset}: {n:,} training, {len(x_val):,} validation, "
-        f"{len(data.x_test):,} test images of {classes} classes; {args.arch}\n"
+        f"{len(test.x):,} test images of {classes} classes; {args.arch}\n"
         f"loss {args.margin_weight:g} L' + CE + {args.beta:g} mHuber\n"
-        f"{args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}, {device}; folder "
-        f"{args.run_dir}, {len(history)} epochs done"
+        f"lr {args.lr:g}, batch {args.batch_size}, epsilon {255 * args.epsilon:g}/255, step size "
+        f"{255 * args.step_size:g}/255, {args.steps} steps, delta {args.delta:g}, alpha "
+        f"{args.alpha:g}, beta {args.beta:g}, tau {args.tau:g}; not the default: "
+        f"{', '.join(common.pairs(args.changed)) or 'nothing'}\n"
+        f"{args.epochs} epochs on {device}, {len(history)} done; folder {args.run_dir}"
     )
 
-    begin, first = time.time(), len(history)
-    for epoch in range(first + 1, args.epochs + 1):
+    for epoch in range(len(history) + 1, args.epochs + 1):
         # train
         start = time.time()
         row = {"epoch": epoch, "lr": learning_rate(epoch, args.epochs, args.lr)}
@@ -241,24 +227,26 @@ def main():
             group["lr"] = row["lr"]
         batches = common.shuffled_batches(x_train, y_train, args.batch_size, args.seed, epoch)
         batches = common.progress(batches, n // args.batch_size, f"epoch {epoch}/{args.epochs}")
-        terms = train_epoch(model, ddp_model, optimizer, batches, past_adv, past_nat, args)
-        common.average_buffers(model)
+        terms = train_epoch(model, optimizer, batches, past_adv, past_nat, args)
+        common.average(model.buffers())
         common.check_finite(model, terms, epoch)
         row |= {name: common.all_sum(term).item() / WORLD for name, term in terms.items()}
         row["images/s"] = n // args.batch_size * args.batch_size / (time.time() - start)
 
         # validate
         if args.val_size:
-            row["val clean"], row["val PGD-10"] = common.accuracy(
-                model, x_val, y_val, args.epsilon, args.epsilon / 4, 10, m, args.amp, "validation"
+            row["val clean"], robust = common.accuracy(
+                model, x_val, y_val, args.epsilon, args.epsilon / 4, 10, m, args.amp
             )
+            if args.epsilon:
+                row["val PGD-10"] = robust
         history.append(row)
-        common.save_epoch(args, history, model, optimizer, past_adv, past_nat)
-        left = (time.time() - begin) / (epoch - first) * (args.epochs - epoch)
+        best = common.save_epoch(args, history, best, model, optimizer, past_adv, past_nat)
+        left = (time.time() - start) * (args.epochs - epoch)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         print0(f"{shown}  left {timedelta(seconds=int(left))}")
 
-    common.final_test(model, data, args, device)
+    common.final_test(model, best, test, args, device)
 
 
 if __name__ == "__main__":

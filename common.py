@@ -16,7 +16,6 @@ from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import timedelta
-from fractions import Fraction
 from functools import partial
 from math import ceil, pi
 from pathlib import Path
@@ -83,7 +82,7 @@ def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None
 
 
 def mhuber(u, v, alpha):
-    """Modified Huber loss (section 3) of tensors of one shape: the mean over the elements of u - v.
+    """Modified Huber loss (section 3) of u - v, tensors of one shape: the mean over its elements.
 
     In float32 the value of an element is 0 below |d| of about 1e-3, where 1 - cos cancels; its
     gradient stays right.
@@ -99,10 +98,10 @@ def accuracy(model, x, y, epsilon, step_size, steps, batch_size, amp=False):
     """Clean and PGD accuracy in percent on uint8 images x with labels y.
 
     PGD maximises the cross-entropy from a uniform start, and its last iterate decides. With amp
-    the search runs in bfloat16; the decisions stay in float32.
+    the search runs in bfloat16; the decisions do not.
     """
     correct = torch.zeros(2, dtype=torch.int64, device=x.device)
-    parts = torch.arange(RANK, len(x), WORLD).split(batch_size)
+    parts = torch.arange(len(x))[RANK::WORLD].split(batch_size)
     for part in progress(parts, len(parts), "accuracy, batch"):
         x_nat = x_adv = to_float(x[part])
         labels = y[part]
@@ -123,7 +122,7 @@ def resnet18(num_classes):
     """torchvision's ResNet-18 with the CIFAR stem: a 3x3 convolution of stride 1, no max-pool."""
     model = torchvision.models.resnet18(num_classes=num_classes)
     model.conv1 = conv3x3(3, 64)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out")
     model.maxpool = nn.Identity()
     return model
 
@@ -163,7 +162,7 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(c_in, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):
@@ -194,7 +193,7 @@ def load_data(name, data_dir, split, download=True):
     except (OSError, RuntimeError, ValueError, LookupError) as error:
         fail(
             f"{name} ({split}) cannot be read from {data_dir} ({error!s:.300}); give its place by "
-            "--data-dir, or move damaged files away"
+            "--data-dir, or move a damaged folder away: what can be downloaded then is"
         )
     if RANK == 0 and WORLD > 1:
         dist.barrier()
@@ -202,17 +201,17 @@ def load_data(name, data_dir, split, download=True):
 
 
 def load_splits(args):
-    """The train and the test split; of the first, classes and checksum are saved with args."""
+    """The train and the test split. Sets args.classes and args.data, the checksum of the first."""
     train, test = (load_data(args.dataset, args.data_dir, split) for split in ("train", "test"))
     args.classes, args.data = train.classes, fingerprint(train.x, train.y)
     if (train.classes, train.x.shape[1:]) != (test.classes, test.x.shape[1:]):
-        odd = set(train.classes) ^ set(test.classes)
-        fail(f"train and test need images of one size and the same classes; differing: {odd!s:.99}")
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        fail(f"train and test need images of one size and the same classes; in one alone: {odd}")
     return train, test
 
 
 def cifar(dataset, root, split, download):
-    """CIFAR-10 or CIFAR-100, downloaded if its folder is not there: changed files stay."""
+    """CIFAR-10 or CIFAR-100, downloaded if its folder is not there: it is never overwritten."""
     download = download and not (root / dataset.base_folder).is_dir()
     images = dataset(root, train=split == "train", download=download)
     x = torch.from_numpy(images.data).permute(0, 3, 1, 2)
@@ -236,7 +235,7 @@ def tinyimagenet(root, split, download):
     return read_images(samples, classes)
 
 
-def folder(root, split, download):
+def own_images(root, split, download):
     """Images of your own: train/ and test/ (or val/), in each a folder of images per class."""
     if split == "test" and not (root / split).is_dir():
         split = "val"
@@ -244,10 +243,10 @@ def folder(root, split, download):
 
 
 def class_folders(root):
-    """[(path, label)] of the images in the folders of `root`, and the classes, which these name."""
+    """[(path, label)] of the images in the folders of `root`, and the classes, their names."""
 
     def is_image(path):  # not a copy that a notebook or a network drive hides (@eaDir)
-        hidden = any(part[0] in ".@" for part in Path(path).relative_to(root).parts)
+        hidden = re.search(r"[/\\][.@]", path.removeprefix(str(root)))
         return is_image_file(path) and not hidden
 
     images = ImageFolder(root, is_valid_file=is_image)
@@ -275,7 +274,7 @@ def read_images(samples, classes):
     return Data(torch.from_numpy(x).permute(0, 3, 1, 2), y, classes)
 
 
-def shapes(root, split, download):
+def drawn_shapes(root, split, download):
     """Ten classes of drawn 32 x 32 images that hold a robust feature and one that is not.
 
     The robust one is a mirror-symmetric shape of 6 x 6 squares that stands out by 0.2 to 0.4. The
@@ -299,8 +298,8 @@ DATASETS = {
     "cifar10": partial(cifar, CIFAR10),
     "cifar100": partial(cifar, CIFAR100),
     "tinyimagenet": tinyimagenet,
-    "folder": folder,
-    "shapes": shapes,
+    "folder": own_images,
+    "shapes": drawn_shapes,
 }
 
 
@@ -322,11 +321,11 @@ def hold_out(train, n, device):
 
 
 def check_batch(args, n):
-    """Refuse a batch that does not fit the `n` training images or the processes."""
+    """Refuse a batch, or moving averages, that do not fit the `n` training images and processes."""
     if args.batch_size > n or args.batch_size % WORLD:
         fail(
-            f"--batch-size {args.batch_size}: take at most {n}, the images that --val-size leaves "
-            f"for training, and a multiple of {WORLD}, the number of processes"
+            f"--batch-size {args.batch_size}: --val-size leaves {n} images to train on; lower one "
+            f"of the two, and take a multiple of {WORLD}, the number of processes"
         )
     if args.ema == "image" and WORLD > 1:
         fail("--ema image: one process alone has all images' averages; leave out torchrun")
@@ -368,16 +367,16 @@ def to_float(x):
 def open_run(args, model, optimizer, ema_adv, ema_nat):
     """Begin the folder of a run, or with --resume load its last.pt. Returns history and best.
 
-    history has a row for each epoch done; best has the weights and the number of the best of them.
-    Without a last.pt the folder must be empty, or hold nothing but the args.json of this run.
+    history has a row for each epoch done; best is what best.pt holds, or None. Without a last.pt
+    the folder must be empty, or hold nothing but the args.json of this run.
     """
-    folder, free = Path(args.run_dir), ("resume", "run_dir", "data_dir", "device")
-    settings = {k: v for k, v in vars(args).items() if k not in free}
+    may_differ = dict.fromkeys(("resume", "run_dir", "data_dir", "device"))
+    folder, settings = Path(args.run_dir), vars(args) | may_differ
     last = folder / "last.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume and last.exists():
         state = load_file(last)
-        old = state.get("args", {})
+        old = (state["args"] if "best" in state else {}) | may_differ
         differ = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if v != old.get(k)]
         if differ:
             fail(f"{last} is of another run ({'; '.join(differ):.300}); take another --run-dir")
@@ -387,14 +386,12 @@ def open_run(args, model, optimizer, ema_adv, ema_nat):
         ema_nat.copy_(state["ema_nat"].chunk(WORLD)[RANK])
         write_best_and_metrics(folder, state)  # a kill may have come before they were written
         return state["history"], state["best"]
-    begun, text = folder / "args.json", json.dumps(settings, indent=1)
-    for path in folder.iterdir() if RANK == 0 else ():
-        ours = path.suffix == ".tmp" or path == begun and path.read_text() == text
+    args_json, text = folder / "args.json", json.dumps(settings, indent=1).encode()
+    for path in folder.iterdir():
+        ours = path.suffix == ".tmp" or (path == args_json and path.read_bytes() == text)
         if not ours:  # a run that was killed in its first epoch leaves args.json and .tmp alone
-            fail(
-                f"{path} is there; take another --run-dir, or --resume with what its run was given"
-            )
-    save(lambda part: part.write_text(text), begun)
+            fail(f"{path} is there; take another --run-dir, or --resume a run that has a last.pt")
+    save(lambda part: part.write_bytes(text), args_json)
     return [], None
 
 
@@ -417,7 +414,7 @@ def save(write, path):
 def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
     """Write last.pt after the epoch of the newest row of `history`, and what follows from it.
 
-    Returns best, the weights and the number of the best epoch so far.
+    Returns best, which is what best.pt holds. Of equally good epochs it is the first.
     """
     column = "val PGD-10" if args.epsilon else "val clean"
     now = {"model": model.state_dict(), "args": vars(args), "epoch": len(history)}
@@ -425,29 +422,30 @@ def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
         best = deepcopy(now)
     last = now | {"optimizer": optimizer.state_dict(), "history": history, "best": best}
     last |= {"ema_adv": all_rows(ema_adv), "ema_nat": all_rows(ema_nat)}
-    save(partial(torch.save, last), Path(args.run_dir) / "last.pt")
-    write_best_and_metrics(Path(args.run_dir), last)
+    folder = Path(args.run_dir)
+    save(partial(torch.save, last), folder / "last.pt")
+    write_best_and_metrics(folder, last)
     return best
 
 
 def write_best_and_metrics(folder, last):
-    """Write best.pt and metrics.csv, which follow from last.pt and are never read."""
+    """Write best.pt and metrics.csv, which follow from last.pt; no training reads them."""
     if last["best"]:
         save(partial(torch.save, last["best"]), folder / "best.pt")
-    lines = [last["history"][0], *map(dict.values, last["history"])]
+    lines = [last["history"][0], *map(dict.values, last["history"])]  # first the names
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     save(lambda part: part.write_text(text), folder / "metrics.csv")
 
 
 def check_finite(model, terms, epoch):
     """Stop before anything is saved if a term of the loss or a weight is not finite."""
-    for name, values in [*terms.items(), *model.state_dict().items()]:
+    for name, values in (terms | model.state_dict()).items():
         if not values.isfinite().all():
             fail(f"epoch {epoch}: {name} is not finite; try a lower --lr or weight of the term")
 
 
 def final_test(model, best, test, args, device):
-    """Print the test accuracies of last.pt and best.pt under PGD-20 and draw examples.png."""
+    """Print the test accuracies of last.pt and best.pt under PGD-20, draw examples.png."""
     folder, epsilon = Path(args.run_dir), args.epsilon or 8 / 255  # natural training is tested too
     x, y = test.x.to(device), test.y.to(device)
     states = {args.epochs: ("last.pt", model.state_dict())}
@@ -470,7 +468,7 @@ def final_test(model, best, test, args, device):
     save(partial(save_image, pictures, nrow=len(x), format="png"), folder / "examples.png")
     print0(
         f"{folder}/examples.png: natural images, adversarial images, their difference\n"
-        f"next: python evaluate.py {quote(str(folder))} --epsilon {255 * epsilon:g}/255"
+        f"next: python evaluate.py {quote(str(folder))} --epsilon {255 * epsilon:.12g}/255"
     )
 
 
@@ -495,10 +493,13 @@ def number(low, high=10**6, kind=float):
 
     def parse(text):
         with suppress(ValueError, ArithmeticError):
-            value = int(text) if kind is int else float(Fraction(text))
+            top, _, bottom = text.partition("/")
+            value = int(text) if kind is int else float(top) / float(bottom or 1)
             if low <= value <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number such as 100 or 8/255 from {low:g} to {high:g}"
+        )
 
     return parse
 
@@ -507,15 +508,15 @@ radius = number(0, 254 / 255)  # an argparse type for 8/255: who types 1 means 1
 
 
 def name_run(parser, args, method):
-    """Set args.changed and, if it is not given, args.run_dir, which is named after it.
+    """Set args.method, args.changed and, if it is not given, args.run_dir, which they name.
 
-    changed holds the options that differ from the script's defaults for its data set and network:
-    with these and the method it says what a run is, but for its seed.
+    changed holds the options that differ from the script's defaults for the data set and network.
+    Data set, network, method, changed and seed identify a run.
     """
     apart = ("dataset", "arch", "seed", "data_dir", "device", "compile", "run_dir", "resume")
     default = vars(parser.parse_args([]))
     args.changed = {k: v for k, v in vars(args).items() if k not in apart and v != default[k]}
-    args.method = method
+    args.method, args.processes = method, WORLD
     parts = [args.dataset, args.arch, method, *pairs(args.changed), f"seed{args.seed}"]
     args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}"
 
@@ -579,12 +580,12 @@ def setup(name, amp=False):
     return device
 
 
-def run(main, how):
+def run(main, again):
     """Call main(). What ends it from outside is said in one line, not by a traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command {how} continues it", 130)
+        fail(f"interrupted; the same command {again} continues it", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         fail(f"out of memory ({error!s:.300}); take a smaller --batch-size")
     except OSError as error:

@@ -80,7 +80,7 @@ class Standing:
             setattr(self, name, tensor)
 
     def drop(self, fooled, result):
-        """Write the iterates of fooled images into result, remove their rows: is none left?"""
+        """Write the iterates of fooled images into result and remove their rows; is none left?"""
         if fooled.any():
             result[self.row[fooled]] = self.x_adv[fooled]
             for name, tensor in vars(self).items():
@@ -467,8 +467,8 @@ METHODS = {  # script and options that differ from its defaults: the paper's nam
 
 
 # --------------------------------------------------------------------------- loading a checkpoint
-# In other people's files: what stands before the names of weights, keys that say that images are
-# standardised, keys that are no weights of ours.
+# In other people's files: what stands before the names of weights; keys that say that the network
+# standardises its images; keys that are no weights here.
 PREFIXES = r"^((state_dict|model|module|_orig_mod|net|network|basic_net|ema|\d+)\.)+"
 STANDARDISES = r"(.*\.)?(mu|sigma|mean|std|[^.]*normali[sz]e[^.]*)"
 UNUSED = r"sub_block1\..*|.*num_batches_tracked|n_averaged|" + STANDARDISES
@@ -476,7 +476,7 @@ Checkpoint = namedtuple("Checkpoint", "path saved trained ours")
 
 
 def read_checkpoint(path, args):
-    """A Checkpoint: `trained` are the arguments of our training script, or else the options."""
+    """A Checkpoint: `trained` are the arguments of its training, or else of this command."""
     path = Path(path)
     if path.is_dir():  # of a run
         path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
@@ -484,14 +484,10 @@ def read_checkpoint(path, args):
     trained = saved.get("args") if isinstance(saved, dict) else None
     ours = isinstance(trained, dict) and "changed" in trained
     if not ours:
-        method = args.method or path.name
+        method = args.method or str(path)
         trained = vars(args) | {"method": method, "changed": {}, "seed": str(path)}
-    for name in ("dataset", "arch", "mean"):
-        told = trained.get(name)
-        if ours and getattr(args, name) not in (None, told):
-            fail(f"--{name}: {path} was trained here, with {told}; leave --{name} out")
-        if told is None and name != "mean":
-            fail(f"{path}: was not trained here; say by --{name} what it is")
+    if None in (trained["dataset"], trained["arch"]):
+        fail(f"{path}: was not trained here; say by --dataset and --arch what it is")
     return Checkpoint(path, saved, trained, ours)
 
 
@@ -561,8 +557,11 @@ class Evaluation:
 
     def __init__(self, checkpoint, args, device):
         self.path, self.trained, self.device = checkpoint.path, checkpoint.trained, device
+        for name in ("dataset", "arch", "mean"):
+            if checkpoint.ours and getattr(args, name) not in (None, self.trained.get(name)):
+                fail(f"--{name}: {self.path} was trained here and says it itself; leave it out")
         where = args.data_dir or self.trained["data_dir"] or "data"
-        download = args.data_dir or not checkpoint.ours  # never to a place on another machine
+        download = args.data_dir or not checkpoint.ours  # not to a place of another machine
         data = common.load_data(self.trained["dataset"], where, "test", download)
         order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
         self.index = order[: args.n].sort().values
@@ -578,7 +577,7 @@ class Evaluation:
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
         self.name = " ".join([self.trained["method"], *common.pairs(self.trained["changed"])])
         row = re.sub(r" (amp|val_size)=\S+", "", self.name)  # these do not hide the paper's row
-        self.method = args.method or METHODS.get(row, row)
+        self.paper_row = args.method or METHODS.get(row, row)
 
     def save(self):
         """Write the file, after taking in what another evaluation has written there meanwhile."""
@@ -603,7 +602,7 @@ class Evaluation:
         except ValueError as error:
             fail(f"{self.out} is damaged or not of evaluate.py ({error}); take another --out")
         if content.get("settings") != self.settings:
-            fail(f"{self.out} is of other settings, not {self.settings}; take another --out")
+            fail(f"{self.out} is of other weights, images, epsilon or seed; take another --out")
         return {name: torch.tensor(p) for name, p in content["prediction"].items()}
 
     def share(self):
@@ -618,7 +617,7 @@ class Evaluation:
         return torch.stack([self.prediction[name] == self.label for name in names]).all(0)
 
     def to_do(self, name, before=()):
-        """[n] bool: which images an attack that follows the attacks `before` has yet to try."""
+        """[n] bool: which images `name`, run after the attacks `before`, has not tried yet."""
         unknown = self.prediction[name] == -1
         return unknown if name == "Clean" else unknown & self.robust("Clean", *before)
 
@@ -698,11 +697,11 @@ def rows_of(group, columns):
 
 def paper_rows(e, mean):
     """The paper's row for a method, if there is one, and how much the means {column} exceed it."""
-    paper = ROWS.get((e.trained["dataset"], e.trained["arch"], e.method))
+    paper = ROWS.get((e.trained["dataset"], e.trained["arch"], e.paper_row))
     if paper is None or abs(e.settings["epsilon"] - 8 / 255) > 1e-6:
         return []
     cells = [f"{paper[c]:.2f} ({mean[c] - paper[c]:+.2f})" if c in paper else "-" for c in mean]
-    return [[f"paper, {e.method} (difference)", *cells]]
+    return [[f"paper, {e.paper_row} (difference)", *cells]]
 
 
 def table(evaluations, columns):
@@ -736,11 +735,11 @@ def column_checks(e):
     slack = max(0.2, 100 / n) + 1e-9  # points; among few images, one image
     white, black = ("PGD-20", "PGD-100", "CW", "APGD and FAB"), ("SQUARE", "SPSA", "AA")
     for strong, weak in ((white, black), (("PGD-100",), ("PGD-20",))):
-        strong, weak = (sorted(set(c) & accuracy.keys(), key=accuracy.get) for c in (strong, weak))
+        strong, weak = ([c for c in names if c in accuracy] for names in (strong, weak))
         if strong and weak:
-            s, w = accuracy[strong[0]], accuracy[weak[0]]
-            text = f"{strong[0]} is not weaker than {weak[0]}: it leaves {s:.2f} %, not {w:.2f} %"
-            checks.append(verdict(s <= w + slack, text))
+            s, w = min(strong, key=accuracy.get), min(weak, key=accuracy.get)
+            text = f"{s}, {accuracy[s]:.2f} %, is not weaker than {w}, {accuracy[w]:.2f} %"
+            checks.append(verdict(accuracy[s] <= accuracy[w] + slack, text))
     return checks
 
 
@@ -799,28 +798,29 @@ def parse_args():
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", help="best.pt, last.pt or folder of a run, or foreign weights")
-    add("--attacks", nargs="+", choices=COLUMNS, default=COLUMNS, help="columns of the table")
+    add("--attacks", nargs="+", choices=COLUMNS, help="columns of the table; if not given, all")
     add("--n", type=number(1, kind=int), help="test images, the same in every call; else all")
     add("--epsilon", type=common.radius, default="8/255", help="radius of the attacks")
-    text = "images in one pass through the network; if not given, 512 on CUDA and 64 elsewhere"
-    add("--batch-size", type=number(1, kind=int), help=text)
+    add("--batch-size", type=number(1, kind=int), help="images in a pass; else 512 on CUDA, or 64")
     add("--seed", type=number(0, 2**31, int), default=0, help="seed of the attacks")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cuda, cuda:1, cpu, ...")
-    add("--data-dir", help="where the data set is; if not given, where it was in the training")
+    add("--data-dir", help="where the data set is, or is downloaded to; else as in the training")
     add("--out", help="file of the results of one checkpoint; if not given, see above")
     methods = sorted({method for _, _, method in ROWS})
     add("--method", choices=methods, help="row of the paper to compare with")
-    add("--figure1", metavar="NATURAL", help="natural network, to print Figure 1 of the first one")
+    add("--figure1", metavar="NATURAL", help="natural network: print Figure 1 of the first")
     # what foreign weights do not say themselves
     add("--dataset", choices=common.DATASETS, help="data set that foreign weights are for")
     add("--arch", help="network of foreign weights: resnet18 or wrn-<depth>-<widen>")
-    text = "of each channel, for foreign weights trained on standardised images"
-    for name in ("--mean", "--std"):
-        add(name, type=number(0, 1), nargs=3, metavar="C", help=f"{name[2:]} {text}")
+    for name in ("--mean", "--std"):  # of each channel
+        add(
+            name, type=number(0, 1), nargs=3, metavar="C", help=f"{name[2:]} of standardised images"
+        )
     args = parser.parse_args()
-    if (args.mean is None) != (args.std is None):
+    if bool(args.mean) != bool(args.std):
         fail("--mean and --std: give both")
+    args.attacks = args.attacks or COLUMNS
     if args.figure1:
         args.attacks = [*args.attacks, "PGD-20", "CW"]
     return args

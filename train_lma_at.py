@@ -1,12 +1,12 @@
 """LMA-AT: logits moving average adversarial training (eq. 18, Algorithm 1).
 
     python train_lma_at.py --dataset cifar10                       # one GPU (or a patient CPU)
-    torchrun --nproc-per-node=4 train_lma_at.py --dataset cifar10  # four, the same batch in all
+    torchrun --nproc-per-node=4 train_lma_at.py --dataset cifar10  # four GPUs share each batch
 
 minimises  L' + BCE(p(x'), y) + beta * mHuber(logit'_t, logit_t, alpha)
-where x' is found by PGD on L' + CE and logit'_t, logit_t are moving averages over the iterations of
-the adversarial and of the natural logits. Defaults are the paper's (section 5.1); --dataset shapes
-alone is a demonstration for a CPU.
+where L' is the margin loss (eq. 13), x' is found by PGD on L' + CE, and logit'_t, logit_t are
+moving averages of the adversarial and natural logits over the iterations. Defaults are the paper's
+(section 5.1); --dataset shapes alone is a demonstration for a CPU.
 """
 
 import time
@@ -39,7 +39,7 @@ def parse_args():
     )
     add("--weight-decay", type=number(0, 1), default=3.5e-3, help="weight decay of SGD")
     # the inner maximisation: x'
-    add("--epsilon", type=radius, default="8/255", help="radius; 0 is natural training")
+    add("--epsilon", type=radius, default="8/255", help="radius; 0 trains on the natural images")
     add("--step-size", type=radius, default="2/255", help="PGD step size")
     add("--steps", type=number(1, kind=int), default=10, help="number of PGD steps")
     add(
@@ -56,9 +56,9 @@ def parse_args():
         choices=["mean", "sum"],
         help="L' is the mean or the sum over the classes",
     )
-    add("--margin-weight", type=number(0), default=1.0, help="weight of L'; 0 leaves it out")
-    add("--alpha", type=number(1e-3), help="alpha of mHuber; if not given, the paper's")
-    add("--beta", type=number(0), help="weight of mHuber, 0 leaves it out; else the paper's")
+    add("--margin-weight", type=number(0), default=1.0, help="weight of L' in the loss")
+    add("--alpha", type=number(1e-3), help="alpha of mHuber; else by data set and network")
+    add("--beta", type=number(0), help="weight of mHuber; if not given, by data set")
     add(
         "--tau",
         type=number(0, 0.999999),
@@ -76,7 +76,7 @@ def parse_args():
         "--val-size",
         type=number(0, kind=int),
         default=1000,
-        help="training images held out to choose best.pt",
+        help="training images held out to choose best.pt; with 0 there is none",
     )
     add("--seed", type=number(0, 2**31, int), default=0, help="seed of all random numbers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,8 +102,8 @@ def parse_args():
 def margin_loss(logits, y, delta, reduction="mean"):
     """L' (eq. 13) of logits [N, C]: sum_{j != y} max(0, f_j - f_y + delta)^2, batch average.
 
-    With "mean" it is divided by C. open: the paper introduces L' in the words of torch's
-    MultiMarginLoss, which divides by C; as printed, with "sum", training diverges.
+    open: with "mean" it is divided by C, as torch's MultiMarginLoss is, in whose words the paper
+    introduces L'; as printed, with "sum", training diverges.
     """
     f_y = logits.gather(1, y[:, None])
     violation = (logits - f_y + delta).clamp(min=0)
@@ -149,9 +149,9 @@ def objective(logits_adv, y, ema_adv, ema_nat, args):
 def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     """Algorithm 1 over `batches` of (images, labels, index). Returns the mean of each term.
 
-    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [m, C] or [N, C], are updated in place.
+    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [slots or images, C], are updated in place.
     """
-    totals, steps = {}, 0
+    totals, count = {}, 0
     model.train()
     for x, y, index in batches:
         # x' = argmax L' + CE, by PGD in eval mode
@@ -177,10 +177,10 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
         sum(terms.values()).backward()
         common.average(weight.grad for weight in model.parameters())  # over torchrun's processes
         optimizer.step()
-        steps += 1
+        count += 1
         for name, value in terms.items():  # stays on the device: .item() would wait for it
             totals[name] = totals.get(name, 0) + value.detach()
-    return {name: total / steps for name, total in totals.items()}
+    return {name: total / count for name, total in totals.items()}
 
 
 def learning_rate(epoch, epochs, lr):

@@ -4,9 +4,9 @@
     python train_trades_ours.py --attack-loss kl --margin-weight 0 --beta 0  # TRADES (eq. 16)
 
 minimises  L' + CE(p(x), y) + 1/lambda KL(p(x) || p(x')) + beta * mHuber(logit'_t, logit_t, alpha)
-where x' is found by PGD on L' + CE and logit'_t, logit_t are moving averages over the iterations of
-the adversarial and of the natural logits. Defaults are the paper's (section 5.1); --dataset shapes
-alone is a demonstration for a CPU.
+where L' is the margin loss (eq. 13), x' is found by PGD on L' + CE, and logit'_t, logit_t are
+moving averages of the adversarial and natural logits over the iterations. Defaults are the paper's
+(section 5.1); --dataset shapes alone is a demonstration for a CPU.
 """
 
 import time
@@ -39,7 +39,7 @@ def parse_args():
     )
     add("--weight-decay", type=number(0, 1), default=3.5e-3, help="weight decay of SGD")
     # the inner maximisation: x'
-    add("--epsilon", type=radius, default="8/255", help="radius; 0 is natural training")
+    add("--epsilon", type=radius, default="8/255", help="radius; 0 trains on the natural images")
     add("--step-size", type=radius, default="2/255", help="PGD step size")
     add("--steps", type=number(1, kind=int), default=10, help="number of PGD steps")
     add(
@@ -56,10 +56,10 @@ def parse_args():
         choices=["mean", "sum"],
         help="L' is the mean or the sum over the classes",
     )
-    add("--margin-weight", type=number(0), default=1.0, help="weight of L'; 0 leaves it out")
+    add("--margin-weight", type=number(0), default=1.0, help="weight of L' in the loss")
     add("--inv-lambda", type=number(0), default=6.0, help="1/lambda, weight of KL")
-    add("--alpha", type=number(1e-3), help="alpha of mHuber; if not given, the paper's")
-    add("--beta", type=number(0), help="weight of mHuber, 0 leaves it out; else the paper's")
+    add("--alpha", type=number(1e-3), help="alpha of mHuber; else by data set and network")
+    add("--beta", type=number(0), help="weight of mHuber; if not given, by data set")
     add(
         "--tau",
         type=number(0, 0.999999),
@@ -77,7 +77,7 @@ def parse_args():
         "--val-size",
         type=number(0, kind=int),
         default=1000,
-        help="training images held out to choose best.pt",
+        help="training images held out to choose best.pt; with 0 there is none",
     )
     add("--seed", type=number(0, 2**31, int), default=0, help="seed of all random numbers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,8 +103,8 @@ def parse_args():
 def margin_loss(logits, y, delta, reduction="mean"):
     """L' (eq. 13) of logits [N, C]: sum_{j != y} max(0, f_j - f_y + delta)^2, batch average.
 
-    With "mean" it is divided by C. open: the paper introduces L' in the words of torch's
-    MultiMarginLoss, which divides by C; as printed, with "sum", training diverges.
+    open: with "mean" it is divided by C, as torch's MultiMarginLoss is, in whose words the paper
+    introduces L'; as printed, with "sum", training diverges.
     """
     f_y = logits.gather(1, y[:, None])
     violation = (logits - f_y + delta).clamp(min=0)
@@ -121,10 +121,11 @@ def kl(log_p_adv, log_p_nat):
     return F.kl_div(log_p_adv, log_p_nat, log_target=True, reduction="batchmean")
 
 
-def eval_log_p(model, x):
-    """log p(x) [N, C] in eval mode, which is the same in every step of the attack."""
-    with common.frozen(model), torch.no_grad():
-        return F.log_softmax(model(x).to(x.dtype), 1)
+def eval_log_p(model, x, args):
+    """log p(x) [N, C] in eval mode for TRADES' own attack, the same in all its steps; else None."""
+    if args.attack_loss == "kl":
+        with common.frozen(model), torch.no_grad():
+            return F.log_softmax(model(x).to(x.dtype), 1)
 
 
 def attack_loss(logits_adv, y, log_p_nat, args):
@@ -155,16 +156,16 @@ def objective(logits_adv, logits_nat, y, ema_adv, ema_nat, args):
 def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     """Algorithm 1 over `batches` of (images, labels, index). Returns the mean of each term.
 
-    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [m, C] or [N, C], are updated in place.
+    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [slots or images, C], are updated in place.
     """
-    totals, steps = {}, 0
+    totals, count = {}, 0
     model.train()
     for x, y, index in batches:
         # x' = argmax L' + CE, by PGD in eval mode
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
             x_adv = x
-            log_p_nat = eval_log_p(model, x) if args.attack_loss == "kl" else None
             if args.epsilon:
+                log_p_nat = eval_log_p(model, x, args)
                 loss = partial(attack_loss, y=y, log_p_nat=log_p_nat, args=args)
                 x_adv = common.pgd(model, x, loss, args.epsilon, args.step_size, args.steps)
             logits_nat = model(x).to(x.dtype)
@@ -184,10 +185,10 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
         sum(terms.values()).backward()
         common.average(weight.grad for weight in model.parameters())  # over torchrun's processes
         optimizer.step()
-        steps += 1
+        count += 1
         for name, value in terms.items():  # stays on the device: .item() would wait for it
             totals[name] = totals.get(name, 0) + value.detach()
-    return {name: total / steps for name, total in totals.items()}
+    return {name: total / count for name, total in totals.items()}
 
 
 def learning_rate(epoch, epochs, lr):
@@ -229,8 +230,7 @@ def main():
     print0(
         f"{args.method} on {args.dataset}: {n:,} training, {len(x_val):,} validation, "
         f"{len(test.x):,} test images of {classes} classes; {args.arch}\n"
-        f"loss {args.margin_weight:g} L' + CE(x) + {args.inv_lambda:g} KL + "
-        f"{args.beta:g} mHuber\n"
+        f"loss {args.margin_weight:g} L' + CE(x) + {args.inv_lambda:g} KL + {args.beta:g} mHuber\n"
         f"lr {args.lr:g}, batch {args.batch_size}, epsilon {255 * args.epsilon:g}/255, step size "
         f"{255 * args.step_size:g}/255, {args.steps} steps, delta {args.delta:g}, alpha "
         f"{args.alpha:g}, beta {args.beta:g}, tau {args.tau:g}; not the default: "

@@ -73,7 +73,7 @@ def our_step(method, arch, batch, device, options=""):
     y = torch.randint(10, (len(x),), device=device)
     past = torch.zeros(2, batch, 10, device=device)
     batches = (b for epoch in count() for b in common.shuffled_batches(x, y, batch, 0, epoch))
-    return lambda: script.train_epoch(model, model, optimizer, islice(batches, 1), *past, args)
+    return lambda: script.train_epoch(model, optimizer, islice(batches, 1), *past, args)
 
 
 def bare_step(arch, batch, device, options=""):
@@ -176,7 +176,8 @@ def peak(build, *arguments):
 
 def machine(device):
     """What the figures are of: card and versions, processor and its bfloat16 instructions."""
-    text = common.CPUINFO.read_text() if common.CPUINFO.exists() else ""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
     name = (re.findall(r"model name\s*: (.+)", text) or [platform.processor()])[0]
     bf16 = ", ".join(sorted(set(re.findall(r"\b\w*bf16\b", text)))) or "none"
     if device == "cuda":
@@ -223,7 +224,7 @@ def start_up():
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process,
     ):
-        next(line for line in process.stdout if "epochs done" in line)  # the first step is next
+        next(line for line in process.stdout if "done; folder" in line)  # the first step is next
         print(f"start to first step, train_lma_at.py --dataset shapes: {time.time() - start:.1f} s")
         process.kill()
 
@@ -280,9 +281,9 @@ def autoattack(path, device, n):
     model = common.make_model(args["arch"], len(args["classes"])).to(device)
     model.load_state_dict(state["model"])
     model.eval().requires_grad_(False)
-    data = common.load_data(args["dataset"], args["data_dir"])
-    x = common.to_float(data.x_test[found["index"]].to(device)).contiguous()
-    y = data.y_test[found["index"]].to(device)
+    data = common.load_data(args["dataset"], args["data_dir"], "test")
+    x = common.to_float(data.x[found["index"]].to(device)).contiguous()
+    y = data.y[found["index"]].to(device)
     attack = AutoAttack(model, norm="Linf", eps=EPSILON, version="standard", device=device, seed=0)
     attack.verbose = False
     start = time.time()

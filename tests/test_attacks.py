@@ -5,6 +5,7 @@ pixels. Both sides get the same random numbers and the same network, whose bound
 and have to agree on every point that the attack visits.
 """
 
+import math
 from itertools import zip_longest
 
 import numpy as np
@@ -16,12 +17,6 @@ import evaluate
 from evaluate import ATTACKS
 
 SHAPE, PIXELS = (3, 4, 5), 60
-
-
-def attack_function(name):
-    """The attack of this name as attack(model, x, y, epsilon, generators)."""
-    entry = ATTACKS[name]
-    return entry[0] if isinstance(entry, tuple) else entry
 
 
 @pytest.fixture(autouse=True)
@@ -187,12 +182,12 @@ def test_pgd(name, loss, steps):
     An image keeps its first misclassified iterate. The network does not see the last iterate."""
     network = Waves(frequency=30, lift=50)
     x, y, pairs = images(8, network)
-    starts = x + 0.1 * (2 * evaluate.uniform(generators(8), *SHAPE) - 1)
+    starts = x + 0.1 * (2 * evaluate.uniform(x, generators(8), *SHAPE) - 1)
     paths = [
         numpy_pgd(network, loss, image, label, start, 0.1, steps, 1 / 255)
         for (image, label), start in zip(pairs, flat(starts))
     ]
-    result = attack_function(name)(network, x, y, 0.1, generators(8))
+    result = ATTACKS[name](network, x, y, 0.1, generators(8))
     agree(network.seen, in_turn(path[:steps] for path in paths))
     agree(flat(result), [path[-1] for path in paths])
     lengths = [len(path) for path in paths]
@@ -210,7 +205,7 @@ def numpy_apgd(look, x, epsilon, start, steps=100):
     checkpoints, fractions = [0], [0, 0.22]
     while fractions[-1] < 1:
         fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
-    checkpoints = [round(p * steps - 1e-9) for p in fractions if p <= 1]
+    checkpoints = [math.ceil(p * steps - 1e-9) for p in fractions if p <= 1]
     z = z_prev = np.clip(start, low, high)
     step, losses, best, best_loss, best_grad = 2 * epsilon, [], z, -np.inf, None
     halved, at_check, points = True, -np.inf, []
@@ -237,16 +232,20 @@ def numpy_apgd(look, x, epsilon, start, steps=100):
 
 def apgd_starts(x, epsilon, own):
     """A random point of the box's surface for each image (before it is clipped to [0, 1])."""
-    t = 2 * evaluate.uniform(own, *SHAPE) - 1
+    t = 2 * evaluate.uniform(x, own, *SHAPE) - 1
     return flat(x + epsilon * t / t.abs().amax((1, 2, 3), keepdim=True))
 
 
-@pytest.mark.parametrize("period, growth", [(1, 0), (10, 0), (5, 0.01), (4, 0.01)])
-def test_apgd_on_a_maximum_inside_the_box(period, growth):
+@pytest.mark.parametrize(
+    "period, growth, steps",
+    [(1, 0, 100), (10, 0, 100), (5, 0.01, 100), (4, 0.01, 100), (1, 0, 50)],
+)
+def test_apgd_on_a_maximum_inside_the_box(period, growth, steps):
     """APGD-CE visits the points of the NumPy version and returns the best of them.
 
     It starts on the box's surface with a step of 2 epsilon and momentum 0.75. At its checkpoints
-    22, 41, 57, 70, 80, 87, 93 and 99 it may halve the step and go back to the best point.
+    22, 41, 57, 70, 80, 87, 93 and 99 of 100 steps, in proportion of 50 steps, it may halve the
+    step and go back to the best point.
 
     The logits are quadratic in the image, so the maximum lies inside the box. They also drift.
     With a period of 10 the loss rises in nine of ten iterations and gains nothing in the end. With
@@ -276,14 +275,15 @@ def test_apgd_on_a_maximum_inside_the_box(period, growth):
 
     passes, pixels = [], torch.tensor(x).view(n, *SHAPE)
     y = torch.zeros(n, dtype=torch.long)
-    result = attack_function("APGD-CE")(Quadratic(), pixels, y, 0.1, generators(n))
+    result = ATTACKS["APGD-CE"](Quadratic(), pixels, y, 0.1, generators(n), steps=steps)
     starts = apgd_starts(pixels, 0.1, generators(n))
-    outcomes = [numpy_apgd(look, image, 0.1, start) for image, start in zip(x, starts)]
+    outcomes = [numpy_apgd(look, image, 0.1, start, steps) for image, start in zip(x, starts)]
     paths, results = zip(*outcomes)
     agree(sum(passes, []), in_turn(paths))
     agree(flat(result), results)
     moves = np.abs(np.diff(paths, axis=1)).max(2)
-    halved = moves[:, 90:].max(1) < 0.25 * moves[:, 1:20].max(1)
+    late = 9 * steps // 10
+    halved = moves[:, late:].max(1) < 0.25 * moves[:, 1 : steps // 5].max(1)
     assert halved.all() if period != 5 else not halved.any()
 
 
@@ -433,7 +433,7 @@ def test_targets_in_turn(name, epsilon, classes):
             if network.logits(z).argmax() != pairs[i][1]:
                 results[i] = z
                 standing.remove(i)
-    result = attack_function(name)(network, x, y, epsilon, generators(6))
+    result = ATTACKS[name](network, x, y, epsilon, generators(6))
     agree(network.seen, points)
     agree(flat(result), results)
     assert 0 < len(standing) < 6
@@ -514,8 +514,8 @@ def test_square():
     network = Coarse(frequency=6, lift=20)
     x, y, pairs = images(6, network)
     own = generators(6)
-    stripes = evaluate.uniform(own, 3, 1, 5).numpy()
-    draws = evaluate.uniform(own, 5000, 5).numpy()
+    stripes = evaluate.uniform(x, own, 3, 1, 5).numpy()
+    draws = evaluate.uniform(x, own, 5000, 5).numpy()
     outcomes = [
         numpy_square(network, image, label, 0.1, *random)
         for (image, label), *random in zip(pairs, stripes, draws)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import evaluate
 import train_at_ours
 import train_lma_at
 import train_mart_ours
@@ -20,11 +21,17 @@ pytestmark = pytest.mark.skipif(
 SMALL = ["--dataset", "shapes", "--device", DEVICE]
 
 
+def draw_shapes(split, n):
+    """The first n images of a split of the data set `shapes`."""
+    x, y, classes = common.load_data("shapes", "", split)
+    return common.Data(x[:n], y[:n], classes)
+
+
 @pytest.fixture
 def call(monkeypatch):
     """main() of a script in this process, on few images."""
-    data = common.Data(*common.draw_shapes(400, 0), *common.draw_shapes(100, 1), "ABCDEFGHIJ")
-    monkeypatch.setattr(common, "load_data", lambda *a: data)
+    data = {"train": draw_shapes("train", 400), "test": draw_shapes("test", 100)}
+    monkeypatch.setattr(common, "load_data", lambda name, data_dir, split, *_: data[split])
 
     def call(script, *options):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
@@ -54,7 +61,7 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
     """torch's own watch on synchronising calls is set to raise during the batch loop."""
     monkeypatch.setattr(sys, "argv", ["train_lma_at.py", "--batch-size", "50", "--ema", ema])
     args, device = train_lma_at.parse_args(), common.setup(DEVICE)
-    x, y = (t.to(device) for t in common.draw_shapes(400, 0))
+    x, y = (t.to(device) for t in draw_shapes("train", 400)[:2])
     model = common.make_model("wrn-10-1", 10).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     past = torch.zeros(400 if ema == "image" else 50, 10, device=device)
@@ -62,7 +69,7 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
     def epoch(number):
         batches = common.shuffled_batches(x, y, 50, 0, number)
         batches = chain([next(batches)], batches)  # the order of the epoch is sent to the device
-        return [model, model, optimizer, batches, past, past.clone(), args]
+        return [model, optimizer, batches, past, past.clone(), args]
 
     train_lma_at.train_epoch(*epoch(1))
     second = epoch(2)
@@ -73,9 +80,8 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_evaluates_on_cuda(tmp_path, capsys, call):
-    import evaluate
-
+def test_evaluates_on_cuda(tmp_path, monkeypatch, capsys, call):
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 64)  # its main() sets it
     call(train_lma_at, *SMALL, "--val-size", 0, "--epochs", 1, "--run-dir", tmp_path)
     call(evaluate, tmp_path / "last.pt", "--n", 20, "--attacks", "Clean", "FGSM", "PGD-20", "AA")
     assert "AA" in capsys.readouterr().out

@@ -321,7 +321,7 @@ def test_the_readmes_loop_is_train_epoch(monkeypatch):
     def ours(model, optimizer):
         past = torch.zeros(2, 8, 10, dtype=torch.float64)
         batches = [(images, labels, torch.arange(8)) for images, labels in zip(x, y)]
-        train_lma_at.train_epoch(model, model, optimizer, batches, *past, args)
+        train_lma_at.train_epoch(model, optimizer, batches, *past, args)
 
     found, expected = train(readmes), train(ours)
     assert all(torch.allclose(found[k], expected[k], rtol=0, atol=1e-9) for k in expected)

@@ -2,8 +2,6 @@
 differences."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,36 +290,3 @@ def test_mart_is_the_published_method_up_to_its_guards():
     assert a.item() == pytest.approx(bare.item(), rel=1e-9)
     for g, h in zip(gradients(a, adv, nat), gradients(bare, adv, nat)):
         assert torch.allclose(g, h, rtol=1e-9, atol=1e-12)
-
-
-def test_the_readmes_loop_is_train_epoch(monkeypatch):
-    """The README's loop, run as it is printed, gives the weights that train_epoch gives.
-
-    Three batches in float64: a swapped tau, a missing beta or another order of the two forward
-    passes would show.
-    """
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
-    x, y = torch.rand(3, 8, 3, 16, 16, dtype=torch.float64), torch.arange(24).view(3, 8) % 10
-    monkeypatch.setattr(sys, "argv", ["train_lma_at.py"])
-    args = train_lma_at.parse_args()  # the paper's constants on CIFAR-10
-
-    def train(loop):
-        torch.manual_seed(0)
-        model = common.make_model("wrn-10-1", 10).double()
-        loop(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
-        return model.state_dict()
-
-    def readmes(model, optimizer):
-        torch.set_default_dtype(torch.float64)
-        given = {"model": model, "optimizer": optimizer, "batches": list(zip(x, y))}
-        exec(code, given | {"batch_size": 8, "num_classes": 10, "device": "cpu"})
-        torch.set_default_dtype(torch.float32)
-
-    def ours(model, optimizer):
-        past = torch.zeros(2, 8, 10, dtype=torch.float64)
-        batches = [(images, labels, torch.arange(8)) for images, labels in zip(x, y)]
-        train_lma_at.train_epoch(model, optimizer, batches, *past, args)
-
-    found, expected = train(readmes), train(ours)
-    assert all(torch.allclose(found[k], expected[k], rtol=0, atol=1e-9) for k in expected)

@@ -667,14 +667,15 @@ CHANGES = {
     "label": ("--data-dir", "label"),
     "order": ("--data-dir", "order"),
     "weights": (),
+    "statistics": (),
     "version": (),
 }
 
 
 def test_results_belong_to_their_settings(saved, read, shapes, tmp_path, monkeypatch, refused):
     """The same settings continue the same file. Whatever decides predictions gives another one: an
-    option, a weight, the version, a pixel, a label, the order of the images. A file that is named
-    by --out and is of other settings is refused, and kept."""
+    option, a weight, batch norm's statistics, the version, a pixel, a label, the order of the
+    images. A file that is named by --out and is of other settings is refused, and kept."""
     nine = shapes["test"]._replace(x=shapes["test"].x[:9], y=shapes["test"].y[:9])
     pixel, label = nine.x.clone(), nine.y.clone()
     pixel[4, 2, 31, 31] ^= 1
@@ -682,10 +683,10 @@ def test_results_belong_to_their_settings(saved, read, shapes, tmp_path, monkeyp
     order = nine._replace(x=nine.x.flip(0), y=nine.y.flip(0))
     changed = {"pixel": nine._replace(x=pixel), "label": nine._replace(y=label), "order": order}
     read.folders |= changed | {"data": nine}
-    path, other, out = tmp_path / "best.pt", tmp_path / "weights.pt", tmp_path / "r.json"
+    path, out = tmp_path / "best.pt", tmp_path / "r.json"
     torch.save(saved["model"], path)
-    weights = saved["model"] | {"fc.bias": saved["model"]["fc.bias"] + 1e-6}
-    torch.save(weights, other)
+    for change, name in {"weights": "fc.bias", "statistics": "bn1.running_var"}.items():
+        torch.save(saved["model"] | {name: saved["model"][name] + 1e-6}, tmp_path / f"{change}.pt")
     e = subject(path, monkeypatch, *FOREIGN, "--out", out)
     e.save()
     before, own = out.read_bytes(), subject(path, monkeypatch, *FOREIGN).out
@@ -696,7 +697,8 @@ def test_results_belong_to_their_settings(saved, read, shapes, tmp_path, monkeyp
     for change, options in CHANGES.items():
         if change == "version":
             monkeypatch.setattr(evaluate, "RESULTS_VERSION", evaluate.RESULTS_VERSION + 1)
-        source = other if change == "weights" else path
+        other = tmp_path / f"{change}.pt"
+        source = other if other.exists() else path
         suffixes.add(subject(source, monkeypatch, *FOREIGN, *options).out.name[-18:])
         err = refused(source, *FOREIGN, "--n", 99, *options, "--out", out)
         assert f"{out} is of other weights" in err and out.read_bytes() == before, change

@@ -1179,6 +1179,7 @@ def test_under_torchrun_a_process_that_fails_ends_at_once(monkeypatch):
         ("--seed -1", "--seed"),
         ("--epochs 0", "--epochs"),
         ("--steps 0", "--steps"),
+        ("--alpha 0", "--alpha"),
         ("--batch-size 1", "--batch-size"),
         ("--batch-size 64", "--batch-size"),
         ("--arch wrn-12-1", "6n+4"),

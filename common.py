@@ -201,12 +201,12 @@ def load_data(name, data_dir, split, download=True):
 
 
 def load_splits(args):
-    """The train and the test split. Sets args.classes and args.data, the checksum of the first."""
+    """The train and the test split. Sets args.classes, and args.data, what the first is."""
     train, test = (load_data(args.dataset, args.data_dir, split) for split in ("train", "test"))
     args.classes, args.data = train.classes, fingerprint(train.x, train.y)
     if (train.classes, train.x.shape[1:]) != (test.classes, test.x.shape[1:]):
         odd = sorted(set(train.classes) ^ set(test.classes))
-        fail(f"train and test need images of one size and the same classes; in one alone: {odd}")
+        fail(f"train and test need images of one size and equal classes; classes in one: {odd}")
     return train, test
 
 
@@ -304,7 +304,7 @@ DATASETS = {
 
 
 def fingerprint(x, y):
-    """Number, size and checksum of images and labels: whether two runs saw the same data."""
+    """Number, size and checksum of images and labels: whether two of them are the same."""
     checksum = zlib.crc32(x.contiguous().numpy(), zlib.crc32(y.numpy()))
     return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
 
@@ -417,7 +417,8 @@ def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
     Returns best, which is what best.pt holds. Of equally good epochs it is the first.
     """
     column = "val PGD-10" if args.epsilon else "val clean"
-    now = {"model": model.state_dict(), "args": vars(args), "epoch": len(history)}
+    now = {"model": model.state_dict(), "args": vars(args)}
+    now |= {"epoch": len(history), "done": len(history)}
     if args.val_size and max(history, key=lambda row: row[column]) is history[-1]:
         best = deepcopy(now)
     last = now | {"optimizer": optimizer.state_dict(), "history": history, "best": best}
@@ -431,7 +432,8 @@ def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
 def write_best_and_metrics(folder, last):
     """Write best.pt and metrics.csv, which follow from last.pt; no training reads them."""
     if last["best"]:
-        save(partial(torch.save, last["best"]), folder / "best.pt")
+        best = last["best"] | {"done": last["done"]}  # epochs; the run may be at its end or not
+        save(partial(torch.save, best), folder / "best.pt")
     lines = [last["history"][0], *map(dict.values, last["history"])]  # first the names
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     save(lambda part: part.write_text(text), folder / "metrics.csv")
@@ -498,7 +500,8 @@ def number(low, high=10**6, kind=float):
             if low <= value <= high:
                 return value
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number such as 100 or 8/255 from {low:g} to {high:g}"
+            f"{text!r} is no {'whole number' if kind is int else 'number such as 0.1 or 8/255'} "
+            f"from {low:g} to {high:g}"
         )
 
     return parse
@@ -559,7 +562,7 @@ def live(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def setup(name, amp=False):
+def setup(name):
     """The torch.device of that name; joins torchrun's processes."""
     try:
         device = torch.device(name)
@@ -571,9 +574,6 @@ def setup(name, amp=False):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not usable here ({error!s:.300}); try --device cpu")
-    cpuinfo = Path("/proc/cpuinfo")
-    if amp and name == "cpu" and cpuinfo.exists() and "bf16" not in cpuinfo.read_text():
-        print0("note: this CPU has no bfloat16 instructions: --amp is slower than float32 here")
     if WORLD > 1:  # patient: process 0 may download, another may attack for hours
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=30))

@@ -7,14 +7,14 @@
 The table (Markdown) and checks for masked gradients go to stdout, progress goes to stderr. The
 predictions are kept in a file such as best.3fa81c02.eval.json, whose name follows from weights,
 images, epsilon and seed. The same command continues from this file, which is written after every
-few images, under torchrun after every attack.
+four batches of images, under torchrun after every attack.
 
 The attacks can be called on their own; model maps images [N, 3, H, W] in [0, 1] to logits [N, C]:
 
     x_adv = evaluate.autoattack(model, x, y)  # model in eval mode, images x, labels y [N]
 
 Each image has its own random numbers, so that its result does not depend on the other images of
-the batch. As soon as an iterate is misclassified, the attack stops for this image and returns it.
+the batch. The first misclassified iterate within epsilon ends the attack on its image.
 """
 
 import json
@@ -80,7 +80,7 @@ class Standing:
             setattr(self, name, tensor)
 
     def drop(self, fooled, result):
-        """Write the iterates of fooled images into result and remove their rows; is none left?"""
+        """Write fooled images into result, remove their rows. Returns whether none is left."""
         if fooled.any():
             result[self.row[fooled]] = self.x_adv[fooled]
             for name, tensor in vars(self).items():
@@ -173,7 +173,7 @@ def apgd(model, x, y, epsilon, generators, target=None, loss=cross_entropy, step
     """Auto-PGD (Croce & Hein 2020b, Algorithm 1): each image finds its own step size.
 
     It maximises loss(logits, y), or loss(logits, y, target) if target classes [N] are given.
-    Returns the first misclassified iterate of an image, or else the one of largest loss.
+    Returns the first misclassified iterate, or else that of largest loss before the last.
     """
     low, high = box(x, epsilon)
     t = 2 * uniform(x, generators, *x.shape[1:]) - 1
@@ -284,7 +284,7 @@ def fab(model, x, y, epsilon, generators, target, steps=100):
 
 def square_side(k, h, w):
     """Side of the square of query k: 0.8 of the area of h x w pixels, halved after 10, 50, ..."""
-    p = 0.8 / 2 ** sum(k > end for end in (10, 50, 200, 500, 1000, 2000, 4000))
+    p = 0.8 / 2 ** sum(k > end for end in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round(math.sqrt(p * h * w)), 1), h, w)
 
 
@@ -329,14 +329,12 @@ def spsa(model, x, y, epsilon, generators, steps=20, samples=100, delta=0.001, l
     low, high = box(x, epsilon)
     s, result = Standing(x, y=y, low=low, high=high), x.clone()
     s.first_moment, s.second_moment = torch.zeros_like(x), torch.zeros_like(x)
-    bits = torch.arange(8, dtype=torch.uint8, device=x.device).view(8, 1, 1, 1)
-    size = (math.ceil(samples / 8), 1, *x.shape[1:])  # of random bytes, each of which is 8 signs
+    size = (samples, *x.shape[1:])
     for k in range(1, steps + 1):
         s.grad = torch.empty_like(s.x_adv)
         for i, row in enumerate(s.row.tolist()):
             g = generators[row]
-            octets = torch.randint(256, size, generator=g, device=x.device, dtype=torch.uint8)
-            v = (octets >> bits & 1).flatten(0, 1)[:samples].to(x.dtype) * 2 - 1
+            v = torch.randint(2, size, generator=g, device=x.device, dtype=x.dtype) * 2 - 1
             f = logits_of(model, torch.cat([s.x_adv[i] + delta * v, s.x_adv[i] - delta * v]))
             ahead, behind = margin(f, s.y[i].expand(2 * samples)).chunk(2)
             s.grad[i] = torch.einsum("s,schw->chw", (ahead - behind) / (2 * delta * samples), v)
@@ -545,7 +543,7 @@ def plain_state(path, saved, wanted):
 
 
 # ------------------------------------------------------------------------ the results, in a file
-RESULTS_VERSION = 1  # whoever changes an attack raises it, so that older results do not continue
+RESULTS_VERSION = 2  # whoever changes an attack raises it, so that older results do not continue
 
 
 class Evaluation:
@@ -576,6 +574,8 @@ class Evaluation:
         self.out = Path(args.out or self.path.with_suffix(f".{key:08x}.eval.json"))
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
         self.name = " ".join([self.trained["method"], *common.pairs(self.trained["changed"])])
+        if checkpoint.ours and checkpoint.saved["done"] < self.trained["epochs"]:
+            self.name += f" after {checkpoint.saved['done']} of {self.trained['epochs']} epochs"
         row = re.sub(r" (amp|val_size)=\S+", "", self.name)  # these do not hide the paper's row
         self.paper_row = args.method or METHODS.get(row, row)
 
@@ -602,7 +602,7 @@ class Evaluation:
         except ValueError as error:
             fail(f"{self.out} is damaged or not of evaluate.py ({error}); take another --out")
         if content.get("settings") != self.settings:
-            fail(f"{self.out} is of other weights, images, epsilon or seed; take another --out")
+            fail(f"{self.out} is of other weights, images or settings; take another --out")
         return {name: torch.tensor(p) for name, p in content["prediction"].items()}
 
     def share(self):
@@ -708,7 +708,7 @@ def table(evaluations, columns):
     """The evaluations as a table in Markdown."""
     kinds = {}
     for e in evaluations:
-        kind = e.name, *map(e.trained.get, ("dataset", "arch", "data"))
+        kind = e.name, *map(e.trained.get, ("dataset", "arch", "data", "processes"))
         kinds.setdefault(kind, []).append(e)
     rows = [["Method", *columns]]
     for group in kinds.values():
@@ -808,7 +808,7 @@ def parse_args():
     add("--data-dir", help="where the data set is, or is downloaded to; else as in the training")
     add("--out", help="file of the results of one checkpoint; if not given, see above")
     methods = sorted({method for _, _, method in ROWS})
-    add("--method", choices=methods, help="row of the paper to compare with")
+    add("--method", choices=methods, help="row of the paper to compare with, if there is one")
     add("--figure1", metavar="NATURAL", help="natural network: print Figure 1 of the first")
     # what foreign weights do not say themselves
     add("--dataset", choices=common.DATASETS, help="data set that foreign weights are for")

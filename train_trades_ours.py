@@ -58,7 +58,7 @@ def parse_args():
     )
     add("--margin-weight", type=number(0), default=1.0, help="weight of L' in the loss")
     add("--inv-lambda", type=number(0), default=6.0, help="1/lambda, weight of KL")
-    add("--alpha", type=number(1e-3), help="alpha of mHuber; else by data set and network")
+    add("--alpha", type=number(1e-3), help="alpha of mHuber; if not given, by data set and network")
     add("--beta", type=number(0), help="weight of mHuber; if not given, by data set")
     add(
         "--tau",
@@ -104,7 +104,7 @@ def margin_loss(logits, y, delta, reduction="mean"):
     """L' (eq. 13) of logits [N, C]: sum_{j != y} max(0, f_j - f_y + delta)^2, batch average.
 
     open: with "mean" it is divided by C, as torch's MultiMarginLoss is, in whose words the paper
-    introduces L'; as printed, with "sum", training diverges.
+    introduces L'; as printed, with "sum", training diverged.
     """
     f_y = logits.gather(1, y[:, None])
     violation = (logits - f_y + delta).clamp(min=0)
@@ -161,7 +161,7 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     totals, count = {}, 0
     model.train()
     for x, y, index in batches:
-        # x' = argmax L' + CE, by PGD in eval mode
+        # x' = argmax attack_loss, by PGD in eval mode
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
             x_adv = x
             if args.epsilon:
@@ -207,9 +207,9 @@ def learning_rate(epoch, epochs, lr):
 
 def main():
     args = parse_args()
-    device = common.setup(args.device, args.amp)
+    device = common.setup(args.device)
 
-    # the data, all of them on the device
+    # the data, the training images on the device
     train, test = common.load_splits(args)
     x_train, y_train, x_val, y_val = common.hold_out(train, args.val_size, device)
     n, m, classes = len(x_train), args.batch_size // WORLD, len(train.classes)

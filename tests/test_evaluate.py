@@ -410,7 +410,7 @@ def trained(tmp_path_factory, shapes):
     path = tmp_path_factory.mktemp("run") / "best.pt"
     args = trained_by(train_lma_at, "--dataset", "shapes")
     args |= {"classes": train.classes, "data": common.fingerprint(train.x, train.y)}
-    torch.save({"model": model.state_dict(), "epoch": 1, "args": args}, path)
+    torch.save({"model": model.state_dict(), "epoch": 1, "done": 3, "args": args}, path)
     return path
 
 
@@ -840,7 +840,8 @@ def test_columns_that_the_paper_has_not():
 
 def test_which_runs_make_a_mean(saved, read, tmp_path, monkeypatch, capsys):
     """A mean is of the runs that differ in the seed alone: in no option of the training, be it in
-    the paper or not, nor in the network, nor in the training images."""
+    the paper or not, nor in network, training images or the number of processes,
+    on which batch norm depends."""
     kinds = {
         "lma_at": {},
         "lma_at tau=0.9": {"changed": {"tau": 0.9}},
@@ -851,11 +852,12 @@ def test_which_runs_make_a_mean(saved, read, tmp_path, monkeypatch, capsys):
         "other images": {"data": "5000 images of 32x32, checksum 0"},
         "other data set": {"dataset": "folder"},
         "other arch": {"arch": "wrn-16-1"},
+        "other processes": {"processes": 2},
     }
     paths, seed, expected = [], 0, []
     wide = common.make_model("wrn-16-1", 10).state_dict()
     monkeypatch.setitem(common.DATASETS, "folder", common.DATASETS["shapes"])
-    for n, (kind, args) in zip((3, 2, 1, 2, 1, 2, 1, 1, 1), kinds.items()):
+    for n, (kind, args) in zip((3, 2, 1, 2, 1, 2, 1, 1, 1, 1), kinds.items(), strict=True):
         for _ in range(n):
             content = perturbed(saved, seed, 0.1, **args)
             paths.append(tmp_path / f"{seed}.pt")
@@ -872,6 +874,18 @@ def test_which_runs_make_a_mean(saved, read, tmp_path, monkeypatch, capsys):
         (out,) = tmp_path.glob(f"{path.stem}.*.eval.json")
         clean.append(json.loads(out.read_text())["accuracy"]["Clean"])
     assert f"| lma_at, mean of 3 | {np.mean(clean):.2f} ± " in text
+
+
+def test_an_unfinished_run_says_so(saved, read, tmp_path, monkeypatch, capsys):
+    """It is no part of a mean of finished runs, and is not compared with the paper's row."""
+    row = ("shapes", "wrn-10-1", "LMA-AT(Ours)")
+    monkeypatch.setitem(evaluate.ROWS, row, {"Clean": 12.5, "FGSM": 10.0})
+    for seed, done in ((0, 3), (1, 2), (2, 3)):
+        torch.save(perturbed(saved, seed) | {"done": done}, tmp_path / f"{seed}.pt")
+    command = (*sorted(tmp_path.iterdir()), "--attacks", "FGSM", "--n", 5)
+    status, text, _ = start(monkeypatch, capsys, *command)
+    assert status == 0 and text.count("(difference)") == 1
+    assert "| lma_at, mean of 2 |" in text and "| lma_at after 2 of 3 epochs (" in text
 
 
 @pytest.mark.parametrize(
@@ -972,7 +986,8 @@ def row_of(read, shapes, tmp_path, monkeypatch):
 
     def row_of(script, options, *argv):
         args = trained_by(script, *options.split()) | {"classes": shapes["test"].classes}
-        torch.save({"model": tiny.state_dict(), "args": args}, tmp_path / "best.pt")
+        content = {"model": tiny.state_dict(), "args": args, "done": args["epochs"]}
+        torch.save(content, tmp_path / "best.pt")
         return subject(tmp_path / "best.pt", monkeypatch, "--n", 2, *argv)
 
     return row_of
@@ -1475,7 +1490,7 @@ def test_a_network_of_our_own(saved, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "make_model", lambda arch, classes: Own())
     own, x = Own().eval(), torch.rand(2, 3, 8, 8)
     args = saved["args"] | {"arch": "own", "changed": {"widths": [1, 2]}, "widths": [1, 2]}
-    content = {"model": own.state_dict(), "args": args}
+    content = {"model": own.state_dict(), "args": args, "done": args["epochs"]}
     torch.save(content, tmp_path / "own.pt")
     assert torch.equal(loaded(tmp_path / "own.pt", "ABCDEFGHIJ")(x), own(x))
     assert subject(tmp_path / "own.pt", monkeypatch).name == "lma_at widths=[1, 2]"

@@ -779,6 +779,7 @@ def test_main_trains_and_chooses_as_section_5_1_says(script, tmp_path, monkeypat
     ]
     state = torch.load(tmp_path / "best.pt", weights_only=True)
     assert state["epoch"] == 2 and (state["model"]["fc.bias"] == 2).all()
+    assert state["done"] == 13
     assert state["args"]["classes"] == classes and "40 images of 16x16" in state["args"]["data"]
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     kept = ["epoch", "lr", "BCE", "val clean", "val PGD-10"]
@@ -893,7 +894,7 @@ def test_after_a_resume_the_best_epoch_is_the_best_of_all(images, tmp_path, monk
     play(train_lma_at, monkeypatch, [(50, 20), (50, 30), (1, 2), (3, 4)])
     call(train_lma_at, f"{options} --resume", monkeypatch)
     best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["epoch"] == 1 and (best["model"]["fc.bias"] == 1).all()
+    assert (best["epoch"], best["done"]) == (1, 3) and (best["model"]["fc.bias"] == 1).all()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["val PGD-10"] for row in rows] == ["40", "20", "30"]
 
@@ -1067,7 +1068,8 @@ def test_a_kill_between_two_saves_loses_nothing(name, epoch, images, tmp_path, m
     play(train_lma_at, monkeypatch, [*scores[done:2], *2 * scores[2:]])
     call(train_lma_at, f"{options} --resume", monkeypatch)
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert best["epoch"] == 2 and set(best) == {"model", "args", "epoch"}
+    assert best["epoch"] == best["done"] == 2
+    assert set(best) == {"model", "args", "epoch", "done"}
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert [row["val PGD-10"] for row in rows] == ["40", "60"]
 

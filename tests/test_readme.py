@@ -18,7 +18,7 @@ import train_trades_ours
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SCRIPTS = (train_lma_at, train_at_ours, train_trades_ours, train_mart_ours)
 LOOP, PREDICTION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"python (\w+\.py)((?:\\\n|[^`\n;])*)", README)
+COMMANDS = re.findall(r"python (\w+\.py)((?:\\\n|[^`\n;|])*)", README)
 
 
 def parse(monkeypatch, name, options):

@@ -6,7 +6,7 @@
 
 The table (Markdown) and checks for masked gradients go to stdout, progress goes to stderr. The
 predictions are kept in a file such as best.3fa81c02.eval.json, whose name follows from weights,
-images, epsilon and seed. The same command continues from this file, which is written after every
+images and settings. The same command continues from this file, which is written after every
 four batches of images, under torchrun after every attack.
 
 The attacks can be called on their own; model maps images [N, 3, H, W] in [0, 1] to logits [N, C]:

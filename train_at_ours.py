@@ -116,7 +116,7 @@ def margin_loss(logits, y, delta, reduction="mean"):
 
 
 def attack_loss(logits_adv, y, args):
-    """What the search for x' maximises: L' + CE (section 4.4)."""
+    """What the search for x' maximises: L' + CE (section 4.4), or CE alone."""
     loss = F.cross_entropy(logits_adv, y)
     if args.attack_loss == "margin+ce":
         loss = margin_loss(logits_adv, y, args.delta, args.margin_reduction) + loss

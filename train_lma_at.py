@@ -127,7 +127,7 @@ def boosted_cross_entropy(logits, y):
 
 
 def attack_loss(logits_adv, y, args):
-    """What the search for x' maximises: L' + CE (Algorithm 1)."""
+    """What the search for x' maximises: L' + CE (Algorithm 1), or CE alone."""
     loss = F.cross_entropy(logits_adv, y)
     if args.attack_loss == "margin+ce":
         loss = margin_loss(logits_adv, y, args.delta, args.margin_reduction) + loss

@@ -137,7 +137,7 @@ def weighted_kl(logits_adv, logits_nat, y):
 
 
 def attack_loss(logits_adv, y, args):
-    """What the search for x' maximises: L' + CE (section 4.4)."""
+    """What the search for x' maximises: L' + CE (section 4.4), or CE alone."""
     loss = F.cross_entropy(logits_adv, y)
     if args.attack_loss == "margin+ce":
         loss = margin_loss(logits_adv, y, args.delta, args.margin_reduction) + loss

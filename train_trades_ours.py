@@ -129,7 +129,7 @@ def eval_log_p(model, x, args):
 
 
 def attack_loss(logits_adv, y, log_p_nat, args):
-    """What the search for x' maximises: L' + CE (section 4.4), or TRADES' own KL."""
+    """What the search for x' maximises: L' + CE (section 4.4), CE alone, or TRADES' own KL."""
     if args.attack_loss == "kl":
         return kl(F.log_softmax(logits_adv, 1), log_p_nat)
     loss = F.cross_entropy(logits_adv, y)

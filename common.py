@@ -201,12 +201,12 @@ def load_data(name, data_dir, split, download=True):
 
 
 def load_splits(args):
-    """The train and the test split. Sets args.classes, and args.data, what the first is."""
+    """The train and the test split. Sets args.classes, and args.data, a fingerprint of train."""
     train, test = (load_data(args.dataset, args.data_dir, split) for split in ("train", "test"))
     args.classes, args.data = train.classes, fingerprint(train.x, train.y)
     if (train.classes, train.x.shape[1:]) != (test.classes, test.x.shape[1:]):
         odd = sorted(set(train.classes) ^ set(test.classes))
-        fail(f"train and test need images of one size and equal classes; classes in one: {odd}")
+        fail(f"train and test need the same classes ({odd} are in one alone) and images of one size")
     return train, test
 
 

@@ -206,7 +206,7 @@ def load_splits(args):
     args.classes, args.data = train.classes, fingerprint(train.x, train.y)
     if (train.classes, train.x.shape[1:]) != (test.classes, test.x.shape[1:]):
         odd = sorted(set(train.classes) ^ set(test.classes))
-        fail(f"train and test need the same classes ({odd} are in one alone) and images of one size")
+        fail(f"train and test need the same classes ({odd}: in one alone) and images of one size")
     return train, test
 
 

@@ -1,8 +1,7 @@
 """What the four training scripts and evaluate.py share: PGD, mHuber, networks, data, a run's files.
 
-Images are float tensors [N, 3, H, W] in [0, 1], networks return logits [N, C], perturbations are
-L-infinity in the unit of the images. Under torchrun, process RANK of WORLD works on its part of
-every batch.
+Images are floats [N, 3, H, W] in [0, 1], networks return logits [N, C], perturbations are
+L-infinity in the unit of the images. Process RANK of torchrun's WORLD has its part of each batch.
 """
 
 import argparse
@@ -12,14 +11,14 @@ import re
 import sys
 import time
 import zlib
-from collections import OrderedDict, namedtuple
-from contextlib import contextmanager, suppress
+from collections import namedtuple
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from math import ceil, pi
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import download_and_extract_archive
@@ -37,9 +36,6 @@ from torchvision.utils import save_image
 RANK, WORLD = 0, 1
 if dist.is_available() and dist.is_torchelastic_launched():  # Slurm and MPI set RANK too: not ours
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-TINY_SIZE = {"train": (200, 100_000), "test": (200, 10_000)}  # classes, images
 
 
 # ------------------------------------------------------------------------- PGD, mHuber, accuracy
@@ -47,28 +43,38 @@ TINY_SIZE = {"train": (200, 100_000), "test": (200, 10_000)}  # classes, images
 def frozen(model):
     """Inside, `model` is in eval mode and its weights need no gradient.
 
-    Afterwards, also after an exception, every module has its own mode again and every weight its
-    own requires_grad: a batch norm that the caller keeps in eval mode stays there.
+    Afterwards every module has its own mode again, and every weight its own requires_grad.
     """
-    before = [(module, "training", module.training) for module in model.modules()]
-    before += [(weight, "requires_grad", weight.requires_grad) for weight in model.parameters()]
+    if not isinstance(model, nn.Module):
+        model = nn.Module()  # a plain function has nothing to freeze
+    training = [module for module in model.modules() if module.training]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        for module in training:
+            module.training = True
+        for weight in trained:
+            weight.requires_grad = True
+
+
+def check_attack(x, epsilon):
+    """Raise ValueError if x are no floats or epsilon is no radius below 1; a GPU need not wait."""
+    if x.dtype not in (torch.float32, torch.float64) or not 0 <= epsilon < 1:
+        raise ValueError(f"{x.dtype}, epsilon {epsilon}: take floats in [0, 1], epsilon 8 / 255")
 
 
 @torch.enable_grad()
 def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None):
     """Projected gradient ascent in the L-infinity ball (eq. 2; the inner loop of Algorithm 1).
 
-    x are images [N, 3, H, W] in [0, 1], not standardised: a Normalize belongs into the model.
-    loss maps logits [N, C] to a scalar. start is the first iterate, by default x + 0.001 N(0, I)
-    as in Algorithm 1. Returns the last iterate, within epsilon of x and in [0, 1], as a constant:
-    no gradient flows through it.
+    x are images [N, 3, H, W] in [0, 1], not standardised: a Normalize belongs into the model, which
+    may be a plain function. loss maps logits [N, C] to a scalar. start is the first iterate, by
+    default x + 0.001 N(0, I). Returns the last iterate, within epsilon of x and in [0, 1], as a
+    constant: no gradient flows through it. Raises ValueError as check_attack does.
     """
+    check_attack(x, epsilon)
     x = x.detach()
     lower, upper = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
@@ -82,10 +88,9 @@ def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None
 
 
 def mhuber(u, v, alpha):
-    """Modified Huber loss (section 3) of u - v, tensors of one shape: the mean over its elements.
+    """Modified Huber loss of u - v, the mean over the elements; names as in section 3.
 
-    In float32 the value of an element is 0 below |d| of about 1e-3, where 1 - cos cancels; its
-    gradient stays right.
+    In float32 an element's value is 0 below |u - v| of about 1e-3; its gradient stays right.
     """
     d = u - v
     c = d.abs() / alpha <= pi / 2
@@ -97,24 +102,18 @@ def mhuber(u, v, alpha):
 def accuracy(model, x, y, epsilon, step_size, steps, batch_size, amp=False):
     """Clean and PGD accuracy in percent on uint8 images x with labels y.
 
-    PGD maximises the cross-entropy from a uniform start, and its last iterate decides. With amp
-    the search runs in bfloat16; the decisions do not.
+    PGD maximises cross-entropy from a uniform start, with amp in bfloat16; its last iterate counts.
     """
-    correct = torch.zeros(2, dtype=torch.int64, device=x.device)
-    parts = torch.arange(len(x))[RANK::WORLD].split(batch_size)
-    for part in progress(parts, len(parts), "accuracy, batch"):
-        x_nat = x_adv = to_float(x[part])
-        labels = y[part]
-        if epsilon:
-            loss = partial(F.cross_entropy, target=labels)
-            start = x_nat + torch.empty_like(x_nat).uniform_(-epsilon, epsilon)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                x_adv = pgd(model, x_nat, loss, epsilon, step_size, steps, start)
+    clean, robust = [], []
+    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        x_nat, loss = to_float(images), partial(F.cross_entropy, target=labels)
+        start = x_nat + torch.empty_like(x_nat).uniform_(-epsilon, epsilon)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            x_adv = pgd(model, x_nat, loss, epsilon, step_size, steps if epsilon else 0, start)
         with frozen(model), torch.no_grad():
-            clean = model(x_nat).argmax(1) == labels
-            robust = clean & (model(x_adv).argmax(1) == labels)
-        correct += torch.stack([clean.sum(), robust.sum()])
-    return [100 * count / len(x) for count in all_sum(correct).tolist()]
+            clean.append(model(x_nat).argmax(1) == labels)
+            robust.append(clean[-1] & (model(x_adv).argmax(1) == labels))
+    return [100 * torch.cat(right).sum().item() / len(x) for right in (clean, robust)]
 
 
 # ------------------------------------------------------------------------------------ networks
@@ -150,14 +149,15 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth, widen, num_classes):
         super().__init__()
-        self.conv1 = conv3x3(3, 16)
-        c_in = 16
-        for i, stride in ((1, 1), (2, 2), (3, 2)):
-            blocks, c_out = [], 8 * 2**i * widen
+        self.conv1, c_in = conv3x3(3, 16), 16
+        for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], 1):
+            blocks = []
             for k in range((depth - 4) // 6):
-                blocks.append(WideBlock(c_in, c_out, 1 if k else stride))
-                c_in = c_out
-            self.add_module(f"block{i}", nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks))))
+                blocks.append(WideBlock(c_in, width * widen, 1 if k else stride))
+                c_in = width * widen
+            stage = nn.Sequential()
+            stage.add_module("layer", nn.Sequential(*blocks))  # its name in TRADES' code
+            self.add_module(f"block{i}", stage)
         self.bn1 = nn.BatchNorm2d(c_in)
         self.fc = nn.Linear(c_in, num_classes)
         for module in self.modules():
@@ -170,13 +170,17 @@ class WideResNet(nn.Module):
         return self.fc(self.bn1(x).relu_().mean((2, 3)))
 
 
+class UnknownNetwork(ValueError):
+    """make_model does not know the name."""
+
+
 def make_model(arch, num_classes):
-    """The network `resnet18` or `wrn-<depth>-<widen>`, with its initial weights."""
+    """The network `resnet18` or `wrn-<depth>-<widen>`; raises UnknownNetwork for other names."""
     if arch == "resnet18":
         return resnet18(num_classes)
     match = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d?)", arch)
-    if match is None or int(match[1]) % 6 != 4:
-        fail(f"--arch {arch}: unknown; take resnet18 or wrn-<depth>-<widen>, depth 6n+4: wrn-34-10")
+    if not match or int(match[1]) % 6 != 4:
+        raise UnknownNetwork(f"--arch {arch}: not resnet18 or wrn-<6n + 4>-<widen>")
     return WideResNet(int(match[1]), int(match[2]), num_classes)
 
 
@@ -184,102 +188,85 @@ def make_model(arch, num_classes):
 Data = namedtuple("Data", "x y classes")  # uint8 [N, 3, H, W], int64 [N], names of the classes
 
 
-def load_data(name, data_dir, split, download=True):
+def load_data(name, data_dir, split):
     """The images of one split, "train" or "test", of the data set `name` of DATASETS."""
-    if RANK > 0:
-        dist.barrier()  # process 0 downloads, the others then find the files
     try:
-        data = DATASETS[name](Path(data_dir), split, download)
+        return DATASETS[name](Path(data_dir), split)
     except (OSError, RuntimeError, ValueError, LookupError) as error:
-        fail(
-            f"{name} ({split}) cannot be read from {data_dir} ({error!s:.300}); give its place by "
-            "--data-dir, or move a damaged folder away: what can be downloaded then is"
-        )
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-    return data
+        fail(f"{name} ({split}): {error}; --data-dir says where the data set is, now {data_dir}")
 
 
 def load_splits(args):
     """The train and the test split. Sets args.classes, and args.data, a fingerprint of train."""
-    train, test = (load_data(args.dataset, args.data_dir, split) for split in ("train", "test"))
-    args.classes, args.data = train.classes, fingerprint(train.x, train.y)
+    if RANK > 0:
+        dist.barrier()  # process 0 downloads, the others then find the files
+    train = load_data(args.dataset, args.data_dir, "train")
+    test = load_data(args.dataset, args.data_dir, "test")
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
     if (train.classes, train.x.shape[1:]) != (test.classes, test.x.shape[1:]):
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        fail(f"train and test need the same classes ({odd}: in one alone) and images of one size")
+        fail(f"{args.data_dir}: train and test need the same classes and images of one size")
+    pixels = [{hash(image.tobytes()) for image in split.x.numpy()} for split in (train, test)]
+    if copies := len(set.intersection(*pixels)):
+        print(f"note: {copies} images are both in train and in test")
+    args.classes, args.data = train.classes, fingerprint(train.x, train.y)
     return train, test
 
 
-def cifar(dataset, root, split, download):
+def cifar(dataset, root, split):
     """CIFAR-10 or CIFAR-100, downloaded if its folder is not there: it is never overwritten."""
-    download = download and not (root / dataset.base_folder).is_dir()
+    download = not (root / dataset.base_folder).is_dir()
     images = dataset(root, train=split == "train", download=download)
     x = torch.from_numpy(images.data).permute(0, 3, 1, 2)
     return Data(x, torch.tensor(images.targets), images.classes)
 
 
-def tinyimagenet(root, split, download):
+def tinyimagenet(root, split):
     """tiny-imagenet-200 as published, downloaded if need be; its val split is the test set."""
     folder = root / "tiny-imagenet-200"
-    if download and not folder.is_dir():
-        download_and_extract_archive(TINY_URL, root, md5=TINY_MD5)
-    if split == "train":
-        samples, classes = class_folders(folder / "train")
-    else:
-        table = (folder / "val/val_annotations.txt").read_text()
-        rows = [line.split("\t")[:2] for line in table.splitlines()]
-        classes = sorted({label for _, label in rows})
-        samples = [(folder / "val/images" / name, classes.index(label)) for name, label in rows]
-    if (len(classes), len(samples)) != TINY_SIZE[split]:
-        raise ValueError(f"{folder} has not {TINY_SIZE[split]} classes and images")
+    if not folder.is_dir():
+        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        download_and_extract_archive(url, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
+    samples, classes = class_folders(folder / "train")
+    if split == "test":
+        rows = [line.split("\t") for line in open(folder / "val/val_annotations.txt")]
+        samples = [(folder / "val/images" / row[0], classes.index(row[1])) for row in rows]
+    if (len(classes), len(samples)) != (200, 100_000 if split == "train" else 10_000):
+        raise ValueError(f"{folder} is incomplete: {len(samples)} images of {len(classes)} classes")
     return read_images(samples, classes)
-
-
-def own_images(root, split, download):
-    """Images of your own: train/ and test/ (or val/), in each a folder of images per class."""
-    if split == "test" and not (root / split).is_dir():
-        split = "val"
-    return read_images(*class_folders(root / split))
 
 
 def class_folders(root):
     """[(path, label)] of the images in the folders of `root`, and the classes, their names."""
 
     def is_image(path):  # not a copy that a notebook or a network drive hides (@eaDir)
-        hidden = re.search(r"[/\\][.@]", path.removeprefix(str(root)))
-        return is_image_file(path) and not hidden
+        return is_image_file(path) and not re.search(r"[/\\][.@]", path[len(str(root)) :])
 
     images = ImageFolder(root, is_valid_file=is_image)
-    if len(images.classes) < 2:
-        raise ValueError(f"{root} needs two or more folders, one for each class")
-    left_out = sum(len(names) for _, _, names in os.walk(root, followlinks=True)) - len(images)
-    if left_out:
-        print0(f"note: {left_out} files in {root} are hidden, or no images: left out")
     return images.samples, images.classes
 
 
 def read_images(samples, classes):
-    """Data of a list of (path, label); all images are of one size and of 8 bits a channel."""
-    first = Image.open(samples[0][0])
-    x = np.empty((len(samples), first.height, first.width, 3), np.uint8)
+    """Data of a list of (path, label): RGB images as viewers show them, turned as EXIF says."""
+    size = ImageOps.exif_transpose(Image.open(samples[0][0])).size
+    x = np.empty((len(samples), *size[::-1], 3), np.uint8)
     for i, (path, _) in enumerate(progress(samples, len(samples), "reading images")):
         try:
-            image = Image.open(path)
-            if image.mode[0] in "IF" or image.size != first.size:  # convert() clips 16 bits
-                raise ValueError(f"{image.mode} of {image.size}, needed are 8 bits, {first.size}")
+            file = Image.open(path)
+            image = ImageOps.exif_transpose(file)
+            if image.size != size or file.mode[0] in "IF" or getattr(file, "is_animated", False):
+                raise ValueError(f"needed is one image of {size} pixels and 8 bits a channel")
             x[i] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # PIL's, for a damaged file
-            raise ValueError(f"{path}: {error}") from error
+            fail(f"{path}: {error}")
     y = torch.tensor([label for _, label in samples])
     return Data(torch.from_numpy(x).permute(0, 3, 1, 2), y, classes)
 
 
-def drawn_shapes(root, split, download):
-    """Ten classes of drawn 32 x 32 images that hold a robust feature and one that is not.
+def drawn_shapes(root, split):
+    """Ten classes of drawn 32 x 32 images with a robust feature, a symmetric shape, and another.
 
-    The robust one is a mirror-symmetric shape of 6 x 6 squares that stands out by 0.2 to 0.4. The
-    other is a tile of +-2/255, peculiar to the class, all over the image: natural training may
-    rely on it, an attack of 8/255 removes it.
+    That is a tile of +-2/255 all over the image: natural training uses it, an attack removes it.
     """
     n, seed = (5000, 1) if split == "train" else (1000, 2)
     same, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
@@ -298,7 +285,7 @@ DATASETS = {
     "cifar10": partial(cifar, CIFAR10),
     "cifar100": partial(cifar, CIFAR100),
     "tinyimagenet": tinyimagenet,
-    "folder": own_images,
+    "folder": lambda root, split: read_images(*class_folders(root / split)),
     "shapes": drawn_shapes,
 }
 
@@ -309,44 +296,39 @@ def fingerprint(x, y):
     return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
 
 
-def hold_out(train, n, device):
-    """x_train, y_train, x_val, y_val: n training images, the same for every seed, are held out.
+def hold_out(train, args, device):
+    """x_train, y_train, x_val, y_val: --val-size images, for every seed the same, are held out.
 
     open: the paper does not say which epoch it reports. Here the best on the held-out images is
     kept, since choosing on the test set overstates the accuracy (Rice et al. 2020).
     """
     order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0))
-    parts = order.tensor_split([max(0, len(order) - n)])
-    return [tensor[part].to(device) for part in parts for tensor in (train.x, train.y)]
-
-
-def check_batch(args, n):
-    """Refuse a batch, or moving averages, that do not fit the `n` training images and processes."""
-    if args.batch_size > n or args.batch_size % WORLD:
-        fail(
-            f"--batch-size {args.batch_size}: --val-size leaves {n} images to train on; lower one "
-            f"of the two, and take a multiple of {WORLD}, the number of processes"
-        )
-    if args.ema == "image" and WORLD > 1:
-        fail("--ema image: one process alone has all images' averages; leave out torchrun")
+    kept, held_out = order.tensor_split([max(0, len(order) - args.val_size)])
+    if args.batch_size > len(kept):
+        fail(f"--batch-size: --val-size leaves {len(kept)} images to train on")
+    if WORLD > 1 and args.ema == "image":  # an image has one average, and any process may draw it
+        fail("--ema image: leave out torchrun")
+    for label in {*range(len(train.classes))} - {*train.y[kept].tolist()}:
+        fail(f"--val-size leaves no image of class {train.classes[label]} to train on")
+    return [tensor[part].to(device) for part in (kept, held_out) for tensor in (train.x, train.y)]
 
 
 def shuffled_batches(x, y, batch_size, seed, epoch):
     """Batches (augmented images, labels, their index in x) of one epoch, this process's part.
 
-    The incomplete last batch is left out. All random numbers follow from (seed, epoch), the
-    starts of PGD too, which are drawn between two batches.
+    The incomplete last batch is left out. (seed, epoch) decides all random numbers of the epoch:
+    the order, the augmentation, and where PGD starts.
     """
-    order_seed, *process_seeds = np.random.SeedSequence([seed, epoch]).generate_state(1 + WORLD)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(int(order_seed)))
-    batches = order[: len(x) // batch_size * batch_size].view(-1, batch_size)
-    torch.manual_seed(int(process_seeds[RANK]))
-    for index in batches[:, RANK::WORLD].to(x.device):
+    order_seed, seed = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(order_seed))
+    torch.manual_seed(seed + RANK)
+    for index in order.to(x.device).split(batch_size)[: len(x) // batch_size]:
+        index = index[RANK::WORLD]
         yield augment(x[index]), y[index], index
 
 
 def augment(x):
-    """Float images: a random crop after padding by 4 zero pixels, and a random flip, of each.
+    """Floats of uint8 images: a random crop after padding by 4 zero pixels, and a random flip.
 
     open: the paper names no augmentation; this is that of TRADES and MART.
     """
@@ -359,84 +341,73 @@ def augment(x):
 
 
 def to_float(x):
-    """uint8 images as float in [0, 1], in the memory format that convolutions like best."""
+    """uint8 images (else ValueError) as float in [0, 1], in convolutions' best memory format."""
+    if x.dtype != torch.uint8:
+        raise ValueError(f"images of {x.dtype}: needed are uint8 images, 0 to 255")
     return x.to(torch.float32, memory_format=torch.channels_last) / 255
 
 
 # ------------------------------------------------------------------------------ the files of a run
-def open_run(args, model, optimizer, ema_adv, ema_nat):
-    """Begin the folder of a run, or with --resume load its last.pt. Returns history and best.
+FILES = ("args.json", "last.pt", "best.pt", "metrics.csv", "examples.png")
+NOT_COMPARED = ("run_dir", "resume", "data_dir", "device")  # a run may be continued with others
 
-    history has a row for each epoch done; best is what best.pt holds, or None. Without a last.pt
-    the folder must be empty, or hold nothing but the args.json of this run.
-    """
-    may_differ = dict.fromkeys(("resume", "run_dir", "data_dir", "device"))
-    folder, settings = Path(args.run_dir), vars(args) | may_differ
-    last = folder / "last.pt"
-    folder.mkdir(parents=True, exist_ok=True)
+
+def open_run(args, model, optimizer, ema_adv, ema_nat):
+    """Begin a run, or with --resume load its last.pt. Returns the rows of metrics.csv, the best."""
+    last, history, best = Path(args.run_dir) / "last.pt", [], None
+    if RANK == 0:
+        claim(last.parent, args)
     if args.resume and last.exists():
-        state = load_file(last)
-        old = (state["args"] if "best" in state else {}) | may_differ
-        differ = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if v != old.get(k)]
-        if differ:
-            fail(f"{last} is of another run ({'; '.join(differ):.300}); take another --run-dir")
+        state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema_adv.copy_(state["ema_adv"].chunk(WORLD)[RANK])
         ema_nat.copy_(state["ema_nat"].chunk(WORLD)[RANK])
-        write_best_and_metrics(folder, state)  # a kill may have come before they were written
-        return state["history"], state["best"]
-    args_json, text = folder / "args.json", json.dumps(settings, indent=1).encode()
-    for path in folder.iterdir():
-        ours = path.suffix == ".tmp" or (path == args_json and path.read_bytes() == text)
-        if not ours:  # a run that was killed in its first epoch leaves args.json and .tmp alone
-            fail(f"{path} is there; take another --run-dir, or --resume a run that has a last.pt")
-    save(lambda part: part.write_bytes(text), args_json)
-    return [], None
+        history, best = state["history"], state["best"]
+    if all_sum(ema_adv.new_tensor(len(history))) != WORLD * len(history):
+        fail(f"{last} is not the same for all processes")
+    return history, best
 
 
-def load_file(path):
-    """What torch.save has written: tensors and plain values, nothing that could run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file raises
-        fail(f"{path} is not there, damaged, or holds more than tensors ({error!s:.300})")
+def claim(folder, args):
+    """Write args.json, if no file of a run is there, or with --resume see that it is the same."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    files = [name for name in FILES if (folder / name).exists()]
+    args_json, text = folder / "args.json", json.dumps(settings, indent=1)
+    if args.resume and ("last.pt" in files or files == ["args.json"]):  # else in its first epoch
+        if args_json.read_text() != text:
+            fail(f"{args_json} says that the run has other options; take another --run-dir")
+    elif files:
+        fail(f"{folder / files[0]} is there; take another --run-dir, or --resume its run")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(args_json, "x") as file:  # "x": of two runs that start now one is refused
+            file.write(text)
 
 
 def save(write, path):
-    """write(temporary name), then rename: `path` never holds half a file. By process 0 alone."""
-    if RANK == 0:
-        part = Path(f"{path}.{os.getpid()}.tmp")
+    """write(temporary name), then rename: `path` never holds half a file."""
+    part = Path(f"{path}.{os.getpid()}.tmp")
+    try:
         write(part)
         os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
-    """Write last.pt after the epoch of the newest row of `history`, and what follows from it.
-
-    Returns best, which is what best.pt holds. Of equally good epochs it is the first.
-    """
-    column = "val PGD-10" if args.epsilon else "val clean"
-    now = {"model": model.state_dict(), "args": vars(args)}
-    now |= {"epoch": len(history), "done": len(history)}
-    if args.val_size and max(history, key=lambda row: row[column]) is history[-1]:
-        best = deepcopy(now)
-    last = now | {"optimizer": optimizer.state_dict(), "history": history, "best": best}
-    last |= {"ema_adv": all_rows(ema_adv), "ema_nat": all_rows(ema_nat)}
-    folder = Path(args.run_dir)
-    save(partial(torch.save, last), folder / "last.pt")
-    write_best_and_metrics(folder, last)
-    return best
-
-
-def write_best_and_metrics(folder, last):
-    """Write best.pt and metrics.csv, which follow from last.pt; no training reads them."""
-    if last["best"]:
-        best = last["best"] | {"done": last["done"]}  # epochs; the run may be at its end or not
-        save(partial(torch.save, best), folder / "best.pt")
-    lines = [last["history"][0], *map(dict.values, last["history"])]  # first the names
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    """Write metrics.csv and last.pt after an epoch. Returns the best epoch so far."""
+    folder, epoch, weights = Path(args.run_dir), len(history), model.state_dict()
+    state = {"model": weights, "args": vars(args), "epoch": epoch, "done": epoch == args.epochs}
+    if not args.val_size or max(history, key=lambda row: row["val PGD-10"]) is history[-1]:
+        best = deepcopy(state)  # of equally good epochs the first
+    state |= {"optimizer": optimizer.state_dict(), "ema_adv": ema_adv, "ema_nat": ema_nat}
+    state |= {"history": history, "best": best}
+    table = [history[0].keys(), *map(dict.values, history)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in table)
     save(lambda part: part.write_text(text), folder / "metrics.csv")
+    save(partial(torch.save, state), folder / "last.pt")
+    return best
 
 
 def check_finite(model, terms, epoch):
@@ -446,155 +417,98 @@ def check_finite(model, terms, epoch):
             fail(f"epoch {epoch}: {name} is not finite; try a lower --lr or weight of the term")
 
 
-def final_test(model, best, test, args, device):
-    """Print the test accuracies of last.pt and best.pt under PGD-20, draw examples.png."""
+def finish_run(model, best, test, args, device):
+    """Write best.pt, print its test accuracy under PGD-20, draw examples.png."""
     folder, epsilon = Path(args.run_dir), args.epsilon or 8 / 255  # natural training is tested too
+    save(partial(torch.save, best | {"done": True}), folder / "best.pt")
+    model.load_state_dict(best["model"])
     x, y = test.x.to(device), test.y.to(device)
-    states = {args.epochs: ("last.pt", model.state_dict())}
-    if best:  # it takes the place of last.pt where the last epoch is the best
-        states[best["epoch"]] = ("best.pt", best["model"])
-    for epoch, (name, weights) in states.items():
-        model.load_state_dict(weights)
-        torch.manual_seed(args.seed)
-        batch_size = args.batch_size // WORLD
-        clean, robust = accuracy(model, x, y, epsilon, 1 / 255, 20, batch_size, args.amp)
-        print0(
-            f"{name}: epoch {epoch}, test accuracy {clean:.2f} % clean, {robust:.2f} % PGD-20, "
-            f"epsilon {255 * epsilon:g}/255"
-        )
+    torch.manual_seed(args.seed)
+    clean, robust = accuracy(model, x, y, epsilon, 1 / 255, 20, args.batch_size, args.amp)
+    result = f"test accuracy {clean:.2f} % clean, {robust:.2f} % PGD-20 (its last iterate)"
+    print(f"best.pt: epoch {best['epoch']}, {result}, epsilon {255 * epsilon:g}/255")
     step = ceil(len(x) / 10)  # ten images from all classes: a folder lies class by class
-    x, loss = to_float(x[::step]), partial(F.cross_entropy, target=y[::step])
-    x_adv = pgd(model, x, loss, epsilon, 1 / 255, 20)
-    pictures = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
-    pictures = F.interpolate(pictures, scale_factor=4)
+    x, y = to_float(x[::step]), y[::step]
+    x_adv = pgd(model, x, partial(F.cross_entropy, target=y), epsilon, 1 / 255, 20)
+    rows = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
+    pictures = F.interpolate(rows, scale_factor=4)
     save(partial(save_image, pictures, nrow=len(x), format="png"), folder / "examples.png")
-    print0(
-        f"{folder}/examples.png: natural images, adversarial images, their difference\n"
-        f"next: python evaluate.py {quote(str(folder))} --epsilon {255 * epsilon:.12g}/255"
-    )
+    print(f"{folder}/examples.png shows images, x', difference; next: python evaluate.py {folder}")
 
 
-# ------------------------------------------------------------- arguments, messages, the program
-class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring and all defaults in --help, and errors in one line."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add_argument(self, *names, help, **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
-            help += " (default: %(default)s)"
-        return super().add_argument(*names, help=help, **options)
-
-    def error(self, message):
-        fail(f"{message} (see --help)")
+# --------------------------------------------------------- arguments, messages, processes
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """For --help: the script's docstring as it is, and all defaults."""
 
 
-def number(low, high=10**6, kind=float):
-    """An argparse type: a number in [low, high], typed as 100, 3e-4 or 8/255."""
-
-    def parse(text):
-        with suppress(ValueError, ArithmeticError):
-            top, _, bottom = text.partition("/")
-            value = int(text) if kind is int else float(top) / float(bottom or 1)
-            if low <= value <= high:
-                return value
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no {'whole number' if kind is int else 'number such as 0.1 or 8/255'} "
-            f"from {low:g} to {high:g}"
-        )
-
-    return parse
-
-
-radius = number(0, 254 / 255)  # an argparse type for 8/255: who types 1 means 1/255
+def radius(text):
+    """An argparse type for 8/255 or 0.031: who types 8 or 1 means 8/255 or 1/255."""
+    value = float(Fraction(text))
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1, as images are in [0, 1]: 8/255")
+    return value
 
 
 def name_run(parser, args, method):
-    """Set args.method, args.changed and, if it is not given, args.run_dir, which they name.
+    """Set args.name, such as "lma_at tau=0.9", and args.run_dir, if it is not given.
 
-    changed holds the options that differ from the script's defaults for the data set and network.
-    Data set, network, method, changed and seed identify a run.
+    The name tells the options that differ from the script's defaults for data set and network.
     """
-    apart = ("dataset", "arch", "seed", "data_dir", "device", "compile", "run_dir", "resume")
-    default = vars(parser.parse_args([]))
-    args.changed = {k: v for k, v in vars(args).items() if k not in apart and v != default[k]}
-    args.method, args.processes = method, WORLD
-    parts = [args.dataset, args.arch, method, *pairs(args.changed), f"seed{args.seed}"]
-    args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}"
-
-
-def pairs(changed):
-    """["tau=0.9", ...] of {"tau": 0.9, ...}."""
-    return [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items()]
-
-
-def print0(*args, **kwargs):
-    """print, by process 0 alone."""
-    if RANK == 0:
-        print(*args, flush=True, **kwargs)
+    unnamed, words = ("dataset", "arch", "seed", "compile", *NOT_COMPARED), [method]
+    defaults = vars(parser.parse_args([]))
+    for option, value in vars(args).items():
+        if option not in unnamed and value != defaults[option]:
+            words.append(f"{option}={value:g}" if isinstance(value, float) else f"{option}={value}")
+    args.name, args.processes = " ".join(words), WORLD
+    folder = "-".join([f"runs/{args.dataset}-{args.arch}", *words, f"seed{args.seed}"])
+    args.run_dir = args.run_dir or folder
 
 
 def fail(message, status=2):
     """End the program with one line on stderr: an error that the user can mend."""
-    live("")  # an error does not stand behind a line of progress
-    print("error:", *message.split(), file=sys.stderr)
-    if WORLD > 1:
-        os._exit(status)  # at once, as the other processes may wait for this one
+    print("\nerror:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 
 def progress(items, total, text):
-    """Iterate over `items`; a terminal sees how far it is."""
+    """Iterate over `items`; a terminal sees how far it is, in a line that is written anew."""
     start = shown = time.time()
     for i, item in enumerate(items, 1):
         yield item
-        if time.time() > shown + 0.5:
+        if sys.stderr.isatty() and (time.time() > shown + 0.5 or i == total):
             shown = time.time()
             left = timedelta(seconds=int((shown - start) / i * (total - i)))
-            live(f"{text}: {i:,} of {total:,}, {left} left")
-    live("")
-
-
-def live(text):
-    """Rewrite one line of the terminal, if stderr is one."""
-    if RANK == 0 and sys.stderr and sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            line = f"{text}: {i:,} of {total:,}, {left} left" if left else ""
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def setup(name):
-    """The torch.device of that name; joins torchrun's processes."""
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":  # under torchrun each process has a GPU of its own
-            index = int(os.environ["LOCAL_RANK"]) if WORLD > 1 else device.index or 0
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-            torch.backends.cudnn.benchmark = True
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not usable here ({error!s:.300}); try --device cpu")
-    if WORLD > 1:  # patient: process 0 may download, another may attack for hours
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))
+    """The torch.device of that name; joins torchrun's processes, of which process 0 prints."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            fail(f"--device {name}: torch finds no GPU here; try --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if WORLD > 1:  # patient: process 0 may download or test for hours
+        dist.init_process_group(timeout=timedelta(days=30))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
 def run(main, again):
-    """Call main(). What ends it from outside is said in one line, not by a traceback."""
+    """Call main(). Ctrl-C, too little memory and errors of files end it in one line."""
     try:
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; the same command {again} continues it", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         fail(f"out of memory ({error!s:.300}); take a smaller --batch-size")
-    except OSError as error:
-        fail(f"{error!s:.300}")
-    if WORLD > 1:
-        dist.destroy_process_group()
+    except (OSError, UnknownNetwork) as error:
+        fail(error)
 
 
-# ---------------------------------------------------------------------------- several processes
 def all_sum(tensor):
     """`tensor` summed over the processes, in place."""
     if WORLD > 1:
@@ -610,10 +524,7 @@ def all_rows(tensor):
 
 
 def average(tensors):
-    """Average the tensors of floats over the processes, in place and in one message."""
-    if WORLD == 1:
-        return
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-    mean = all_sum(torch.cat([tensor.flatten() for tensor in tensors])) / WORLD
-    for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    """Average the tensors of floats over the processes, in place."""
+    for tensor in tensors if WORLD > 1 else ():
+        if tensor.is_floating_point():
+            tensor.copy_(all_sum(tensor.contiguous()) / WORLD)

@@ -9,6 +9,7 @@ moving averages of the adversarial and natural logits over the iterations. Defau
 (section 5.1); --dataset shapes alone is a demonstration for a CPU.
 """
 
+import argparse
 import time
 from datetime import timedelta
 from functools import partial
@@ -17,73 +18,47 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import WORLD, number, print0, radius
+from common import RANK, WORLD, mhuber, radius
 
 METHOD = "at_ours"
 
 
 def parse_args():
-    parser = common.Parser(__doc__)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=common.Help,
+        add_help=False,
+    )
     add = parser.add_argument
     add("--dataset", default="cifar10", choices=common.DATASETS, help="images to train on")
     add("--data-dir", default="data", help="where the data set is, or is downloaded to")
     add("--arch", default="resnet18", help="network: resnet18 or wrn-<depth>-<widen>")
-    add("--epochs", type=number(1, kind=int), default=130, help="passes over the training images")
-    add("--batch-size", type=number(2, kind=int), default=100, help="images, over all processes")
-    add(
-        "--lr",
-        type=number(0, 100),
-        default=0.01,
-        help="learning rate of the first 74 of 130 epochs; a tenth of it from the 75th on, a "
-        "hundredth from the 90th on",
-    )
-    add("--weight-decay", type=number(0, 1), default=3.5e-3, help="weight decay of SGD")
+    add("--epochs", type=int, default=130, help="passes over the training images")
+    add("--batch-size", type=int, default=100, help="images in a step, over all processes")
+    add("--lr", type=float, default=0.01, help="learning rate; it drops, see learning_rate()")
+    add("--weight-decay", type=float, default=3.5e-3, help="weight decay of SGD")
     # the inner maximisation: x'
     add("--epsilon", type=radius, default="8/255", help="radius; 0 trains on the natural images")
     add("--step-size", type=radius, default="2/255", help="PGD step size")
-    add("--steps", type=number(1, kind=int), default=10, help="number of PGD steps")
-    add(
-        "--attack-loss",
-        default="margin+ce",
-        choices=["margin+ce", "ce"],
-        help="loss that PGD maximises; margin+ce is L' + CE",
-    )
+    add("--steps", type=int, default=10, help="number of PGD steps")
+    add("--attack-loss", default="margin+ce", choices=["margin+ce", "ce"], help="loss of PGD")
     # the outer minimisation: the weights
-    add("--delta", type=number(0), default=0.9, help="margin of L' (eq. 13)")
-    add(
-        "--margin-reduction",
-        default="mean",
-        choices=["mean", "sum"],
-        help="L' is the mean or the sum over the classes",
-    )
-    add("--margin-weight", type=number(0), default=1.0, help="weight of L' in the loss")
-    add("--alpha", type=number(1e-3), help="alpha of mHuber; if not given, by data set and network")
-    add("--beta", type=number(0), help="weight of mHuber; if not given, by data set")
-    add(
-        "--tau",
-        type=number(0, 0.999999),
-        default=0.2,
-        help="weight of the past in the moving averages of the logits",
-    )
-    add(
-        "--ema",
-        default="slot",
-        choices=["slot", "image"],
-        help="what has a moving average: slot i of a batch, as in Algorithm 1, or a training image",
-    )
+    add("--delta", type=float, default=0.9, help="margin of L' (eq. 13)")
+    add("--margin-reduction", default="mean", choices=["mean", "sum"], help="of L' over classes")
+    add("--margin-weight", type=float, default=1.0, help="weight of L' in the loss")
+    add("--alpha", type=float, help="alpha of mHuber")
+    add("--beta", type=float, help="weight of mHuber")
+    add("--tau", type=float, default=0.2, help="weight of the past in the averages, below 1")
+    add("--ema", default="slot", choices=["slot", "image"], help="what has an average of its own")
     # the run
-    add(
-        "--val-size",
-        type=number(0, kind=int),
-        default=1000,
-        help="training images held out to choose best.pt; with 0 there is none",
-    )
-    add("--seed", type=number(0, 2**31, int), default=0, help="seed of all random numbers")
+    add("--val-size", type=int, default=1000, help="images that choose best.pt; 0: the last epoch")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cuda, cuda:1, cpu, ...")
     add("--amp", action="store_true", help="compute the networks in bfloat16")
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--run-dir", help="folder of the run; if not given, one in runs/")
+    add("--run-dir", help="folder of the run; None: one in runs/ that the options name")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
     # what the paper chooses by data set and network (section 5.1)
     if parser.parse_known_args()[0].dataset == "shapes":
@@ -94,6 +69,7 @@ def parse_args():
         alpha = 2.345
     beta = 96.0 if given.dataset in ("cifar100", "tinyimagenet") else 86.0
     parser.set_defaults(alpha=alpha, beta=beta)
+    add("-h", "--help", action="help", help="show this, with the defaults for --dataset and --arch")
     args = parser.parse_args()
     common.name_run(parser, args, METHOD)
     return args
@@ -102,17 +78,11 @@ def parse_args():
 def margin_loss(logits, y, delta, reduction="mean"):
     """L' (eq. 13) of logits [N, C]: sum_{j != y} max(0, f_j - f_y + delta)^2, batch average.
 
-    open: with "mean" it is divided by C, as torch's MultiMarginLoss is, in whose words the paper
-    introduces L'; as printed, with "sum", training diverged.
+    open: with "mean" it is divided by C, as torch's loss is, in whose words the paper introduces
+    L'; as printed, with "sum", training diverged.
     """
-    f_y = logits.gather(1, y[:, None])
-    violation = (logits - f_y + delta).clamp(min=0)
-    loss = violation.scatter(1, y[:, None], 0).square().sum(1)  # the sum is over j != y
-    if reduction == "mean":
-        loss = loss / logits.shape[1]
-    elif reduction != "sum":
-        raise ValueError(f"reduction {reduction!r} is neither 'mean' nor 'sum'")
-    return loss.mean()
+    loss = F.multi_margin_loss(logits, y, p=2, margin=delta)
+    return loss * {"mean": 1, "sum": logits.shape[1]}[reduction]
 
 
 def attack_loss(logits_adv, y, args):
@@ -123,53 +93,45 @@ def attack_loss(logits_adv, y, args):
     return loss
 
 
-def objective(logits_adv, y, ema_adv, ema_nat, args):
-    """The weighted terms of eq. 15, which the weights minimise. A term of weight 0 is left out."""
-    terms = {}
-    if args.margin_weight:
-        loss = margin_loss(logits_adv, y, args.delta, args.margin_reduction)
-        terms["L'"] = args.margin_weight * loss
-    terms["CE"] = F.cross_entropy(logits_adv, y)
-    if args.beta:
-        terms["mHuber"] = args.beta * common.mhuber(ema_adv, ema_nat, args.alpha)
-    return terms
-
-
 def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     """Algorithm 1 over `batches` of (images, labels, index). Returns the mean of each term.
 
     past_adv and past_nat, logit'_{t-1} and logit_{t-1} [slots or images, C], are updated in place.
     """
-    totals, count = {}, 0
+    terms = []
     model.train()
     for x, y, index in batches:
-        # x' = argmax attack_loss, by PGD in eval mode
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+            # x', by PGD (eq. 2)
             x_adv = x
             if args.epsilon:
                 loss = partial(attack_loss, y=y, args=args)
                 x_adv = common.pgd(model, x, loss, args.epsilon, args.step_size, args.steps)
+            # f(x), which mHuber alone needs, and f(x')
             logits_nat = model(x).to(x.dtype) if args.beta else None
             logits_adv = model(x_adv).to(x.dtype)
 
         # logit_t <- tau * logit_{t-1} + (1 - tau) * f(x), in which the past is constant
-        ema_adv = ema_nat = None
+        huber = x.new_zeros(())
         if args.beta:
             slot = index if args.ema == "image" else slice(None)
             ema_adv = args.tau * past_adv[slot] + (1 - args.tau) * logits_adv
             ema_nat = args.tau * past_nat[slot] + (1 - args.tau) * logits_nat
             past_adv[slot] = ema_adv.detach()
             past_nat[slot] = ema_nat.detach()
+            huber = mhuber(ema_adv, ema_nat, args.alpha)
 
-        terms = objective(logits_adv, y, ema_adv, ema_nat, args)
+        # eq. 15
+        margin = margin_loss(logits_adv, y, args.delta, args.margin_reduction)
+        ce = F.cross_entropy(logits_adv, y)
+        loss = ce + args.margin_weight * margin + args.beta * huber
+
         optimizer.zero_grad()
-        sum(terms.values()).backward()
+        loss.backward()
         common.average(weight.grad for weight in model.parameters())  # over torchrun's processes
         optimizer.step()
-        count += 1
-        for name, value in terms.items():  # stays on the device: .item() would wait for it
-            totals[name] = totals.get(name, 0) + value.detach()
-    return {name: total / count for name, total in totals.items()}
+        terms.append(torch.stack([margin, ce, huber]).detach())  # .item() would wait for a GPU
+    return dict(zip(("L'", "CE", "mHuber"), torch.stack(terms).mean(0), strict=True))
 
 
 def learning_rate(epoch, epochs, lr):
@@ -189,17 +151,16 @@ def learning_rate(epoch, epochs, lr):
 def main():
     args = parse_args()
     device = common.setup(args.device)
+    torch.backends.cudnn.benchmark = True
 
     # the data, the training images on the device
     train, test = common.load_splits(args)
-    x_train, y_train, x_val, y_val = common.hold_out(train, args.val_size, device)
+    x_train, y_train, x_val, y_val = common.hold_out(train, args, device)
     n, m, classes = len(x_train), args.batch_size // WORLD, len(train.classes)
-    common.check_batch(args, n)
 
     # the network, the optimiser, the moving averages
     torch.manual_seed(args.seed)
-    model = common.make_model(args.arch, classes)
-    model.to(device, memory_format=torch.channels_last)
+    model = common.make_model(args.arch, classes).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile(mode="reduce-overhead")
     optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay)
@@ -208,15 +169,14 @@ def main():
     past_nat = torch.zeros_like(past_adv)  # logit_0 = logit'_0 = 0
 
     history, best = common.open_run(args, model, optimizer, past_adv, past_nat)
-    print0(
-        f"{args.method} on {args.dataset}: {n:,} training, {len(x_val):,} validation, "
-        f"{len(test.x):,} test images of {classes} classes; {args.arch}\n"
-        f"loss {args.margin_weight:g} L' + CE + {args.beta:g} mHuber\n"
-        f"lr {args.lr:g}, batch {args.batch_size}, epsilon {255 * args.epsilon:g}/255, step size "
-        f"{255 * args.step_size:g}/255, {args.steps} steps, delta {args.delta:g}, alpha "
-        f"{args.alpha:g}, beta {args.beta:g}, tau {args.tau:g}; not the default: "
-        f"{', '.join(common.pairs(args.changed)) or 'nothing'}\n"
-        f"{args.epochs} epochs on {device}, {len(history)} done; folder {args.run_dir}"
+    print(
+        f"{args.name} on {args.dataset}, {args.arch}: {n:,} training, {len(x_val):,} validation, "
+        f"{len(test.x):,} test images of {classes} classes\n"
+        f"loss CE + {args.margin_weight:g} L' + {args.beta:g} mHuber\n"
+        f"delta {args.delta:g}, alpha {args.alpha:g}, tau {args.tau:g}; x' by {args.attack_loss}, "
+        f"{args.steps} steps of {255 * args.step_size:g}/255, epsilon {255 * args.epsilon:g}/255\n"
+        f"{args.epochs} epochs on {device}, {len(history)} done; folder {args.run_dir}",
+        flush=True,
     )
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -228,25 +188,27 @@ def main():
         batches = common.shuffled_batches(x_train, y_train, args.batch_size, args.seed, epoch)
         batches = common.progress(batches, n // args.batch_size, f"epoch {epoch}/{args.epochs}")
         terms = train_epoch(model, optimizer, batches, past_adv, past_nat, args)
-        common.average(model.buffers())
+        common.average([*model.buffers(), *terms.values()])
         common.check_finite(model, terms, epoch)
-        row |= {name: common.all_sum(term).item() / WORLD for name, term in terms.items()}
+        row |= {name: term.item() for name, term in terms.items()}
         row["images/s"] = n // args.batch_size * args.batch_size / (time.time() - start)
+        averages = common.all_rows(past_adv), common.all_rows(past_nat)
+        if RANK > 0:
+            continue  # process 0 validates, saves and prints, the others begin the next epoch
 
         # validate
         if args.val_size:
-            row["val clean"], robust = common.accuracy(
+            row["val clean"], row["val PGD-10"] = common.accuracy(
                 model, x_val, y_val, args.epsilon, args.epsilon / 4, 10, m, args.amp
             )
-            if args.epsilon:
-                row["val PGD-10"] = robust
         history.append(row)
-        best = common.save_epoch(args, history, best, model, optimizer, past_adv, past_nat)
-        left = (time.time() - start) * (args.epochs - epoch)
+        best = common.save_epoch(args, history, best, model, optimizer, *averages)
+        left = timedelta(seconds=int((time.time() - start) * (args.epochs - epoch)))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        print0(f"{shown}  left {timedelta(seconds=int(left))}")
+        print(f"{shown}  left {left}", flush=True)
 
-    common.final_test(model, best, test, args, device)
+    if RANK == 0:
+        common.finish_run(model, best, test, args, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the four training scripts and evaluate.py share: PGD, mHuber, networks, data, a run's files.
 
 Images are floats [N, 3, H, W] in [0, 1], networks return logits [N, C], perturbations are
-L-infinity in the unit of the images. Process RANK of torchrun's WORLD has its part of each batch.
+L-infinity in the unit of the images. Each of torchrun's WORLD processes takes part of a batch.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def frozen(model):
 
 
 def check_attack(x, epsilon):
-    """Raise ValueError if x are no floats or epsilon is no radius below 1; a GPU need not wait."""
+    """Raise ValueError unless x are floats and 0 <= epsilon < 1. Pixels are not read: no sync."""
     if x.dtype not in (torch.float32, torch.float64) or not 0 <= epsilon < 1:
         raise ValueError(f"{x.dtype}, epsilon {epsilon}: take floats in [0, 1], epsilon 8 / 255")
 
@@ -78,7 +78,7 @@ def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None
     x = x.detach()
     lower, upper = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
     x_adv = x + 0.001 * torch.randn_like(x) if start is None else start
-    with frozen(model):  # open: the paper does not say which mode; eval as in TRADES and MART
+    with frozen(model):  # open: the paper names no mode; TRADES and MART attack in eval mode
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
             logits = model(x_adv).to(x.dtype)  # under autocast they are bfloat16
@@ -90,7 +90,7 @@ def pgd(model, x, loss, epsilon=8 / 255, step_size=2 / 255, steps=10, start=None
 def mhuber(u, v, alpha):
     """Modified Huber loss of u - v, the mean over the elements; names as in section 3.
 
-    In float32 an element's value is 0 below |u - v| of about 1e-3; its gradient stays right.
+    Below |u - v| of about 1e-3 float32 rounds A to 0; its gradient is unaffected.
     """
     d = u - v
     c = d.abs() / alpha <= pi / 2
@@ -102,7 +102,7 @@ def mhuber(u, v, alpha):
 def accuracy(model, x, y, epsilon, step_size, steps, batch_size, amp=False):
     """Clean and PGD accuracy in percent on uint8 images x with labels y.
 
-    PGD maximises cross-entropy from a uniform start, with amp in bfloat16; its last iterate counts.
+    PGD (in bfloat16 with amp) on cross-entropy has a uniform start; its last iterate counts.
     """
     clean, robust = [], []
     for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -192,8 +192,8 @@ def load_data(name, data_dir, split):
     """The images of one split, "train" or "test", of the data set `name` of DATASETS."""
     try:
         return DATASETS[name](Path(data_dir), split)
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
-        fail(f"{name} ({split}): {error}; --data-dir says where the data set is, now {data_dir}")
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f"{name} ({split}): {error}; is --data-dir right? A damaged folder must be moved away")
 
 
 def load_splits(args):
@@ -239,7 +239,7 @@ def tinyimagenet(root, split):
 def class_folders(root):
     """[(path, label)] of the images in the folders of `root`, and the classes, their names."""
 
-    def is_image(path):  # not a copy that a notebook or a network drive hides (@eaDir)
+    def is_image(path):  # no hidden copy: .ipynb_checkpoints, @eaDir
         return is_image_file(path) and not re.search(r"[/\\][.@]", path[len(str(root)) :])
 
     images = ImageFolder(root, is_valid_file=is_image)
@@ -247,7 +247,7 @@ def class_folders(root):
 
 
 def read_images(samples, classes):
-    """Data of a list of (path, label): RGB images as viewers show them, turned as EXIF says."""
+    """Data of a list of (path, label): RGB images, upright as their EXIF orientation says."""
     size = ImageOps.exif_transpose(Image.open(samples[0][0])).size
     x = np.empty((len(samples), *size[::-1], 3), np.uint8)
     for i, (path, _) in enumerate(progress(samples, len(samples), "reading images")):
@@ -255,7 +255,7 @@ def read_images(samples, classes):
             file = Image.open(path)
             image = ImageOps.exif_transpose(file)
             if image.size != size or file.mode[0] in "IF" or getattr(file, "is_animated", False):
-                raise ValueError(f"needed is one image of {size} pixels and 8 bits a channel")
+                raise ValueError(f"this is not one image of {size} pixels, 8 bits a channel")
             x[i] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # PIL's, for a damaged file
             fail(f"{path}: {error}")
@@ -264,10 +264,7 @@ def read_images(samples, classes):
 
 
 def drawn_shapes(root, split):
-    """Ten classes of drawn 32 x 32 images with a robust feature, a symmetric shape, and another.
-
-    That is a tile of +-2/255 all over the image: natural training uses it, an attack removes it.
-    """
+    """Ten classes, each with a robust feature, a shape, and another, a tile of +-2/255 all over."""
     n, seed = (5000, 1) if split == "train" else (1000, 2)
     same, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     left = torch.randint(2, (10, 1, 6, 3), generator=same)
@@ -291,7 +288,7 @@ DATASETS = {
 
 
 def fingerprint(x, y):
-    """Number, size and checksum of images and labels: whether two of them are the same."""
+    """Number, size and checksum of images and labels, to tell data sets apart."""
     checksum = zlib.crc32(x.contiguous().numpy(), zlib.crc32(y.numpy()))
     return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}, checksum {checksum:08x}"
 
@@ -304,10 +301,10 @@ def hold_out(train, args, device):
     """
     order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0))
     kept, held_out = order.tensor_split([max(0, len(order) - args.val_size)])
-    if args.batch_size > len(kept):
-        fail(f"--batch-size: --val-size leaves {len(kept)} images to train on")
+    if args.batch_size > len(kept) or args.batch_size % WORLD:
+        fail(f"--batch-size: at most {len(kept)} images are left, for {WORLD} equal processes")
     if WORLD > 1 and args.ema == "image":  # an image has one average, and any process may draw it
-        fail("--ema image: leave out torchrun")
+        fail("--ema image needs one process: leave out torchrun")
     for label in {*range(len(train.classes))} - {*train.y[kept].tolist()}:
         fail(f"--val-size leaves no image of class {train.classes[label]} to train on")
     return [tensor[part].to(device) for part in (kept, held_out) for tensor in (train.x, train.y)]
@@ -349,11 +346,11 @@ def to_float(x):
 
 # ------------------------------------------------------------------------------ the files of a run
 FILES = ("args.json", "last.pt", "best.pt", "metrics.csv", "examples.png")
-NOT_COMPARED = ("run_dir", "resume", "data_dir", "device")  # a run may be continued with others
+NOT_COMPARED = ("run_dir", "resume", "data_dir", "device")  # --resume may change these
 
 
-def open_run(args, model, optimizer, ema_adv, ema_nat):
-    """Begin a run, or with --resume load its last.pt. Returns the rows of metrics.csv, the best."""
+def open_run(args, model, optimizer, past_adv, past_nat):
+    """Begin a run, or with --resume load its last.pt. Returns metrics.csv's rows, best so far."""
     last, history, best = Path(args.run_dir) / "last.pt", [], None
     if RANK == 0:
         claim(last.parent, args)
@@ -361,11 +358,11 @@ def open_run(args, model, optimizer, ema_adv, ema_nat):
         state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ema_adv.copy_(state["ema_adv"].chunk(WORLD)[RANK])
-        ema_nat.copy_(state["ema_nat"].chunk(WORLD)[RANK])
+        past_adv.copy_(state["ema_adv"].chunk(WORLD)[RANK])
+        past_nat.copy_(state["ema_nat"].chunk(WORLD)[RANK])
         history, best = state["history"], state["best"]
-    if all_sum(ema_adv.new_tensor(len(history))) != WORLD * len(history):
-        fail(f"{last} is not the same for all processes")
+    if all_sum(past_adv.new_tensor(len(history))) != WORLD * len(history):
+        fail(f"{last}: not all processes have read the same file")
     return history, best
 
 
@@ -374,9 +371,10 @@ def claim(folder, args):
     settings = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
     files = [name for name in FILES if (folder / name).exists()]
     args_json, text = folder / "args.json", json.dumps(settings, indent=1)
-    if args.resume and ("last.pt" in files or files == ["args.json"]):  # else in its first epoch
+    # a kill in the first epoch leaves no last.pt
+    if args.resume and "args.json" in files and ("last.pt" in files or "best.pt" not in files):
         if args_json.read_text() != text:
-            fail(f"{args_json} says that the run has other options; take another --run-dir")
+            fail(f"{args_json} has other options, data or processes; take another --run-dir")
     elif files:
         fail(f"{folder / files[0]} is there; take another --run-dir, or --resume its run")
     else:
@@ -395,13 +393,14 @@ def save(write, path):
         part.unlink(missing_ok=True)
 
 
-def save_epoch(args, history, best, model, optimizer, ema_adv, ema_nat):
+def save_epoch(args, history, best, model, optimizer, past_adv, past_nat):
     """Write metrics.csv and last.pt after an epoch. Returns the best epoch so far."""
-    folder, epoch, weights = Path(args.run_dir), len(history), model.state_dict()
-    state = {"model": weights, "args": vars(args), "epoch": epoch, "done": epoch == args.epochs}
+    folder, epoch = Path(args.run_dir), len(history)
+    state = {"model": model.state_dict(), "args": vars(args)}
+    state |= {"epoch": epoch, "done": epoch == args.epochs}
     if not args.val_size or max(history, key=lambda row: row["val PGD-10"]) is history[-1]:
-        best = deepcopy(state)  # of equally good epochs the first
-    state |= {"optimizer": optimizer.state_dict(), "ema_adv": ema_adv, "ema_nat": ema_nat}
+        best = deepcopy(state)  # a tie keeps the earlier epoch
+    state |= {"optimizer": optimizer.state_dict(), "ema_adv": past_adv, "ema_nat": past_nat}
     state |= {"history": history, "best": best}
     table = [history[0].keys(), *map(dict.values, history)]
     text = "".join(",".join(map(str, line)) + "\n" for line in table)
@@ -419,7 +418,7 @@ def check_finite(model, terms, epoch):
 
 def finish_run(model, best, test, args, device):
     """Write best.pt, print its test accuracy under PGD-20, draw examples.png."""
-    folder, epsilon = Path(args.run_dir), args.epsilon or 8 / 255  # natural training is tested too
+    folder, epsilon = Path(args.run_dir), args.epsilon or 8 / 255  # also after natural training
     save(partial(torch.save, best | {"done": True}), folder / "best.pt")
     model.load_state_dict(best["model"])
     x, y = test.x.to(device), test.y.to(device)
@@ -427,7 +426,7 @@ def finish_run(model, best, test, args, device):
     clean, robust = accuracy(model, x, y, epsilon, 1 / 255, 20, args.batch_size, args.amp)
     result = f"test accuracy {clean:.2f} % clean, {robust:.2f} % PGD-20 (its last iterate)"
     print(f"best.pt: epoch {best['epoch']}, {result}, epsilon {255 * epsilon:g}/255")
-    step = ceil(len(x) / 10)  # ten images from all classes: a folder lies class by class
+    step = ceil(len(x) / 10)  # ten images spread over a set that is sorted by class
     x, y = to_float(x[::step]), y[::step]
     x_adv = pgd(model, x, partial(F.cross_entropy, target=y), epsilon, 1 / 255, 20)
     rows = torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * epsilon)])
@@ -442,17 +441,17 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def radius(text):
-    """An argparse type for 8/255 or 0.031: who types 8 or 1 means 8/255 or 1/255."""
+    """An argparse type for a number below 1, as 8/255 or 0.031. It refuses 8, which means 8/255."""
     value = float(Fraction(text))
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not below 1, as images are in [0, 1]: 8/255")
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1), as pixels are; write 8/255")
     return value
 
 
 def name_run(parser, args, method):
     """Set args.name, such as "lma_at tau=0.9", and args.run_dir, if it is not given.
 
-    The name tells the options that differ from the script's defaults for data set and network.
+    The name lists the options that are not at their default for this data set and network.
     """
     unnamed, words = ("dataset", "arch", "seed", "compile", *NOT_COMPARED), [method]
     defaults = vars(parser.parse_args([]))
@@ -471,14 +470,14 @@ def fail(message, status=2):
 
 
 def progress(items, total, text):
-    """Iterate over `items`; a terminal sees how far it is, in a line that is written anew."""
+    """Iterate over `items`; on a terminal, one line on stderr counts them as they pass."""
     start = shown = time.time()
     for i, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty() and (time.time() > shown + 0.5 or i == total):
             shown = time.time()
-            left = timedelta(seconds=int((shown - start) / i * (total - i)))
-            line = f"{text}: {i:,} of {total:,}, {left} left" if left else ""
+            left = (shown - start) / i * (total - i)
+            line = f"{text}: {i:,} of {total:,}, {left:.0f} s left" if left else ""
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
@@ -490,7 +489,7 @@ def setup(name):
             fail(f"--device {name}: torch finds no GPU here; try --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-    if WORLD > 1:  # patient: process 0 may download or test for hours
+    if WORLD > 1:  # the others wait while process 0 downloads and tests
         dist.init_process_group(timeout=timedelta(days=30))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -502,7 +501,7 @@ def run(main, again):
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command {again} continues it", 130)
+        fail(f"interrupted; to continue, run the same command again{again}", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         fail(f"out of memory ({error!s:.300}); take a smaller --batch-size")
     except (OSError, UnknownNetwork) as error:

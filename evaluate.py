@@ -4,7 +4,7 @@
     python evaluate.py trades.pt --dataset cifar10 --arch wrn-34-10
 
 The table (Markdown) and checks for masked gradients go to stdout, progress goes to stderr. The
-predictions are kept in a file such as best.3fa81c02.eval.json, whose name follows from weights,
+predictions are kept in a file such as best.3fa81c02.eval.json, named with a checksum of weights,
 images and settings. The same command continues from this file.
 
 The attacks can be called on their own; model maps images [N, 3, H, W] in [0, 1] to logits [N, C]:
@@ -48,11 +48,11 @@ def logits_of(model, x):
 
 @torch.enable_grad()
 def gradient(model, x, loss, y, *target):
-    """For each image: misclassified [N], loss(logits, y, *target) [N, 1, 1, 1], its gradient."""
+    """misclassified [N], loss(logits, y, *target) [N, 1, 1, 1] and its gradient by x."""
     x = x.detach().requires_grad_()
     logits = model(x)
     value = loss(logits, y, *target)
-    total = value.sum() + 0 * x.sum()  # of a network that is not differentiable the gradient is 0
+    total = value.sum() + 0 * x.sum()  # gives 0 where the network has no gradient
     grad = torch.autograd.grad(total, x)[0]
     if not grad.isfinite().all():  # the sign of NaN is no attack
         raise FloatingPointError("gradients of a network are not finite")
@@ -62,8 +62,8 @@ def gradient(model, x, loss, y, *target):
 class Survivors:
     """The images that are not misclassified so far, and what an attack knows of them.
 
-    Every attribute is a tensor with a row for each of them: x_adv are their iterates, row is their
-    place in the batch, and an attack adds what else it needs.
+    Every attribute has a row for each of them: x_adv is its iterate, row its place in the batch,
+    and an attack adds tensors of its own.
     """
 
     def __init__(self, x_adv, **tensors):
@@ -474,7 +474,7 @@ def foreign(file, saved, args):
         classes = sorted(classes, key=classes.get)
     if isinstance(classes, (list, tuple)):
         training["classes"] = list(classes)
-    for key in ("state_dict", "model", "net"):
+    for key in ("state_dict", "model", "net"):  # unwrap
         saved = saved.get(key, saved)
     return saved, training
 
@@ -497,7 +497,10 @@ def load_network(weights, training, classes):
     model = common.make_model(training["arch"], len(classes))
     if weights.keys() != model.state_dict().keys():
         weights = names_of_here(weights)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # it names what is missing, unexpected or of another shape
+        fail(f"{training['path']}: {error!s:.300}; is --arch right?")
     if training.get("mean") or training.get("std"):
         model = nn.Sequential(Normalize(training["mean"], training["std"]), model)
     return model.eval().requires_grad_(False)
@@ -523,12 +526,11 @@ class Evaluation:
         self.images, self.label, self.classes = data.x[self.index], data.y[self.index], data.classes
         self.model = load_network(weights, self.training, data.classes)
         self.model.to(device, memory_format=torch.channels_last)
-        self.batch_size = args.batch_size
-        weights = b"".join(value.numpy().tobytes() for value in weights.values())
+        raw = b"".join(value.numpy().tobytes() for value in weights.values())
         self.settings = {key: self.training.get(key) for key in ("arch", "mean", "std")}
         self.settings |= {
             "version": 3,  # whoever changes an attack raises it: older results do not continue
-            "weights": zlib.crc32(weights),
+            "weights": zlib.crc32(raw),
             "images": common.fingerprint(self.images, self.label),
             "epsilon": args.epsilon,
             "seed": args.seed,
@@ -552,7 +554,7 @@ class Evaluation:
         return torch.stack([self.prediction[name] == self.label for name in names]).all(0)
 
     def to_do(self, name, before=()):
-        """[n] bool: which images `name`, run after the attacks `before`, has not tried yet."""
+        """[n] bool: what `name` has yet to attack of the images that survive `before`."""
         unknown = self.prediction[name] == -1
         return unknown if name == "Clean" else unknown & self.robust("Clean", *before)
 
@@ -570,15 +572,15 @@ class Evaluation:
         x = common.to_float(self.images[rows].to(self.device))
         return x, self.label[rows].to(self.device), self.index[rows]
 
-    def run(self, column):
+    def run(self, column, batch_size):
         """Run the attacks of a column, each on the images that none before it has fooled."""
         names = AA if column == "AA" else [column]
         epsilon, seed = self.settings["epsilon"], self.settings["seed"]
         for k, name in enumerate(names):
-            parts = self.to_do(name, names[:k]).nonzero()[:, 0].split(self.batch_size)
+            parts = self.to_do(name, names[:k]).nonzero()[:, 0].split(batch_size)
             for rows in common.progress(parts, len(parts), f"{name}, part"):
                 x, y, index = self.batch(rows)
-                x_adv = perturb(name, self.model, x, y, epsilon, seed, index, self.batch_size)
+                x_adv = perturb(name, self.model, x, y, epsilon, seed, index, batch_size)
                 self.prediction[name][rows] = logits_of(self.model, x_adv).argmax(1).cpu()
                 self.save()
         print(f"{column:8} {self.cell(column)}", file=sys.stderr)
@@ -634,9 +636,9 @@ def markdown(rows):
 
 
 def column_checks(e):
-    """{(column, other): (passed, text)}: columns that disagree show masked gradients.
+    """{(column, other): (passed, text)}: is the first column no higher than the other?
 
-    Without these the attack of the first column is the stronger one (Athalye et al. 2018).
+    Unmasked, the attack of the first column is the stronger one (Athalye et al. 2018).
     """
     accuracy, checks, n = e.accuracies(), {}, len(e.label)
     if "AA" in accuracy:
@@ -675,10 +677,10 @@ def network_checks(e):
     spread = float((alone - logits[:10]).abs().max() / logits.abs().max())
     low, high = map(float, logits.aminmax())
     return {
-        "far": (far <= 5, f"PGD breaks nearly all if no epsilon binds it: {far:.1f} % of {n} stay"),
+        "far": (far <= 5, f"unbounded PGD breaks nearly all: {far:.1f} % of {n} stay right"),
         "noise": (noise >= 90, f"uniform noise costs little: {noise:.1f} % of {n} stay right"),
         "gradient": (zero == 0, f"cross-entropy's gradient is not zero: it is for {zero} of {n}"),
-        "alone": (spread < 1e-4, f"an image alone has the same logits, but for {spread:.1g}"),
+        "alone": (spread < 1e-4, f"logits of an image alone differ by {spread:.1g} at most"),
         "logits": (low < 0 or high > 1.01, f"no probabilities: from {low:.3g} to {high:.3g}"),
     }
 
@@ -737,19 +739,18 @@ def main():
     for path in args.checkpoints:
         e = Evaluation(path, args, device)
         evaluations.append(e)
-        e.save()  # so that a place that is not writable is found now
         print(f"{e.path}: {e.name}, {len(e.label)} images of {e.training['dataset']}; see {e.out}")
     if args.figure1:
         natural = load_network(*read_checkpoint(args.figure1, args), evaluations[0].classes)
     columns = [column for column in COLUMNS if column in ("Clean", *args.attacks)]
     for e in evaluations:
         for column in columns:
-            e.run(column)
+            e.run(column, args.batch_size)
     print(
         f"\n{table(evaluations, columns)}\n\nepsilon {255 * args.epsilon:g}/255, seed {args.seed}\n"
         "[low, high] is Wilson's 95 % interval of a checkpoint, given its number of images.\n"
         "± is half of Student's 95 % interval of a mean, given the spread of its runs.\n"
-        "SUSPECT below is a sign of masked gradients: see What SUSPECT means in README.md. Of an\n"
+        "SUSPECT below is a sign of masked gradients: see What SUSPECT means in README.md. At an\n"
         "epsilon above 10/255, PGD-20 and CW cannot cross the box by 20 steps of 1/255."
     )
     for e in evaluations:
@@ -761,4 +762,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "as it is")
+    common.run(main, "")

@@ -4,7 +4,7 @@
     python train_trades_ours.py --attack-loss kl --margin-weight 0 --beta 0  # TRADES (eq. 16)
 
 minimises  L' + CE(p(x), y) + 1/lambda KL(p(x) || p(x')) + beta * mHuber(logit'_t, logit_t, alpha)
-where L' is the margin loss (eq. 13), x' is found by PGD on L' + CE, and logit'_t, logit_t are
+where L' is the margin loss (eq. 13) of x', found by PGD on L' + CE, and logit'_t, logit_t are
 moving averages of the adversarial and natural logits over the iterations. Defaults are the paper's
 (section 5.1); --dataset shapes alone is a demonstration for a CPU.
 """
@@ -50,8 +50,8 @@ def parse_args():
     add("--inv-lambda", type=float, default=6.0, help="1/lambda, weight of KL")
     add("--alpha", type=float, help="alpha of mHuber")
     add("--beta", type=float, help="weight of mHuber")
-    add("--tau", type=float, default=0.2, help="weight of the past in the averages, below 1")
-    add("--ema", default="slot", choices=["slot", "image"], help="what has an average of its own")
+    add("--tau", type=radius, default=0.2, help="weight of the past logits, 0 <= tau < 1")
+    add("--ema", default="slot", choices=["slot", "image"], help="one average per slot or image")
     # the run
     add("--val-size", type=int, default=1000, help="images that choose best.pt; 0: the last epoch")
     add("--seed", type=int, default=0, help="seed of all random numbers")
@@ -61,7 +61,7 @@ def parse_args():
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--run-dir", help="folder of the run; None: one in runs/ that the options name")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
-    # what the paper chooses by data set and network (section 5.1)
+    # defaults that depend on --dataset and --arch (section 5.1)
     if parser.parse_known_args()[0].dataset == "shapes":
         parser.set_defaults(arch="wrn-10-1", epochs=3, batch_size=50, lr=0.05, val_size=500)
     given = parser.parse_known_args()[0]
@@ -79,8 +79,8 @@ def parse_args():
 def margin_loss(logits, y, delta, reduction="mean"):
     """L' (eq. 13) of logits [N, C]: sum_{j != y} max(0, f_j - f_y + delta)^2, batch average.
 
-    open: with "mean" it is divided by C, as torch's loss is, in whose words the paper introduces
-    L'; as printed, with "sum", training diverged.
+    open: eq. 13 as printed is the "sum", with which training diverged. "mean" divides it by C, as
+    torch's loss does, in whose words section 4.2 introduces L'.
     """
     loss = F.multi_margin_loss(logits, y, p=2, margin=delta)
     return loss * {"mean": 1, "sum": logits.shape[1]}[reduction]
@@ -92,7 +92,7 @@ def kl(log_p_adv, log_p_nat):
 
 
 def eval_log_p(model, x, args):
-    """log p(x) [N, C] in eval mode for TRADES' own attack, the same in all its steps; else None."""
+    """log p(x) [N, C] in eval mode, the constant target of --attack-loss kl; else None."""
     if args.attack_loss == "kl":
         with common.frozen(model), torch.no_grad():
             return F.log_softmax(model(x).to(x.dtype), 1)
@@ -111,7 +111,7 @@ def attack_loss(logits_adv, y, log_p_nat, args):
 def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
     """Algorithm 1 over `batches` of (images, labels, index). Returns the mean of each term.
 
-    past_adv and past_nat, logit'_{t-1} and logit_{t-1} [slots or images, C], are updated in place.
+    past_adv and past_nat [slots or images, C] are logit'_{t-1} and logit_{t-1}, updated in place.
     """
     terms = []
     model.train()
@@ -121,13 +121,13 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
             x_adv = x
             if args.epsilon:
                 log_p_nat = eval_log_p(model, x, args)
-                loss = partial(attack_loss, y=y, log_p_nat=log_p_nat, args=args)
-                x_adv = common.pgd(model, x, loss, args.epsilon, args.step_size, args.steps)
+                g = partial(attack_loss, y=y, log_p_nat=log_p_nat, args=args)
+                x_adv = common.pgd(model, x, g, args.epsilon, args.step_size, args.steps)
             # f(x) and f(x')
             logits_nat = model(x).to(x.dtype)
             logits_adv = model(x_adv).to(x.dtype)
 
-        # logit_t <- tau * logit_{t-1} + (1 - tau) * f(x), in which the past is constant
+        # logit_t <- tau * logit_{t-1} + (1 - tau) * f(x), with the past as a constant
         huber = x.new_zeros(())
         if args.beta:
             slot = index if args.ema == "image" else slice(None)
@@ -154,8 +154,8 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
 def learning_rate(epoch, epochs, lr):
     """A tenth from the 75th of 130 epochs on, a hundredth from the 90th (section 5.1).
 
-    open: the paper gives no factor for the second drop; ten, as for the first. With another number
-    of epochs the rate drops after the same parts of them.
+    open: the paper gives no factor for the second drop; ten, as for the first. Other
+    --epochs drop the rate after the same fractions of them.
     """
     done = (epoch - 1) / epochs
     if done >= 89 / 130:
@@ -181,7 +181,7 @@ def main():
     if args.compile:
         model.compile(mode="reduce-overhead")
     optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay)
-    # open: Algorithm 1 keeps no state per image, so slot i averages logits of different images
+    # open: Algorithm 1 keeps no state per image: slot i averages the i-th image of all batches
     past_adv = torch.zeros(n if args.ema == "image" else m, classes, device=device)
     past_nat = torch.zeros_like(past_adv)  # logit_0 = logit'_0 = 0
 
@@ -229,4 +229,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "with --resume")
+    common.run(main, " with --resume")

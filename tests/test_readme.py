@@ -1,7 +1,8 @@
-"""The README's programs and commands do what it says."""
+"""The README's programs and commands do what it says, its tables are those of results.csv."""
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import train_lma_at
 import train_mart_ours
 import train_trades_ours
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SCRIPTS = (train_lma_at, train_at_ours, train_trades_ours, train_mart_ours)
 LOOP, PREDICTION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"python (\w+\.py)((?:\\\n|[^`\n;|])*)", README)
@@ -58,7 +60,7 @@ def test_the_loop_is_train_epoch(monkeypatch):
     passes would show.
     """
     x, y = torch.rand(3, 8, 3, 16, 16, dtype=torch.float64), torch.arange(24).view(3, 8) % 10
-    args = parse(monkeypatch, "train_lma_at.py", "")  # the paper's constants on CIFAR-10
+    args = parse(monkeypatch, "train_lma_at.py", "--beta 8.6")
 
     def train(loop):
         torch.manual_seed(0)
@@ -79,20 +81,21 @@ def test_the_loop_is_train_epoch(monkeypatch):
     assert all(torch.allclose(found[k], expected[k], rtol=0, atol=1e-9) for k in expected)
 
 
-def test_the_second_program_attacks_and_predicts(tmp_path, monkeypatch):
-    """The README's program loads a best.pt, attacks with AutoAttack and names the classes."""
+def test_the_second_program_attacks(tmp_path, monkeypatch, capsys):
+    """The README's program loads a best.pt and prints its accuracy under AutoAttack."""
     torch.manual_seed(0)
-    model, x = common.make_model("wrn-10-1", 3).eval(), torch.rand(3, 3, 8, 8)
+    model, x = common.make_model("wrn-10-1", 3), torch.rand(3, 3, 8, 8)
     args = {"arch": "wrn-10-1", "classes": ["cat", "dog", "ship"]}
     torch.save({"model": model.state_dict(), "args": args, "epoch": 1}, tmp_path / "best.pt")
     with torch.no_grad():
-        y = model(x).argmax(1)
+        y = model.eval()(x).argmax(1)
     monkeypatch.chdir(tmp_path)
-    names = {"x": x, "y": y}
-    exec(PREDICTION, names)
+    exec(PREDICTION, names := {"x": x, "y": y})
     x_adv = evaluate.autoattack(model, x, y)
     assert torch.equal(names["x_adv"], x_adv) and not torch.equal(x_adv, x)
-    assert names["names"] == [args["classes"][k] for k in model(x_adv).argmax(1)]
+    with torch.no_grad():
+        right = 100 * (model(x_adv).argmax(1) == y).double().mean()
+    assert f" {right:.2f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, options", COMMANDS)
@@ -110,11 +113,20 @@ def test_every_folder_is_that_of_a_run(monkeypatch):
 
 
 def test_the_rows_are_the_papers(monkeypatch):
-    """The README's two tables make every row of the paper's tables but those of other authors."""
-    found = set()
-    for command in rows():
-        args = parse(monkeypatch, *command)
-        label = " ".join([args.method, *common.pairs(args.changed)])
-        found.add((args.dataset, args.arch, evaluate.METHODS.get(label, label)))
-    others = {"PMHR-AT", "MMA", "WAT", "MAIL", "GAIRAT"}
-    assert {row for row in evaluate.ROWS if row[2] not in others} <= found
+    """The README's two tables make every row of the paper's tables that evaluate.py knows."""
+    made = (parse(monkeypatch, *command) for command in rows())
+    assert set(evaluate.ROWS) <= {(args.dataset, args.arch, args.name) for args in made}
+
+
+def test_the_tables_are_those_of_the_csv():
+    """Every table of accuracies in README.md and RESULTS.md, and every "a ± b", follows from it."""
+    command = [sys.executable, ROOT / ".github/results.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_is_short():
+    """At most 300 lines, 190 of them unfolded, and no wide row of a table outside <details>."""
+    unfolded = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL).splitlines()
+    assert len(README.splitlines()) <= 300 and len(unfolded) <= 190
+    assert max(len(line) for line in unfolded if line.startswith("|")) <= 220

@@ -216,7 +216,7 @@ def load_splits(args):
 def cifar(dataset, root, split):
     """CIFAR-10 or CIFAR-100, downloaded if its folder is not there: it is never overwritten."""
     download = not (root / dataset.base_folder).is_dir()
-    images = dataset(root, train=split == "train", download=download)
+    images = dataset(root, split == "train", download=download)
     x = torch.from_numpy(images.data).permute(0, 3, 1, 2)
     return Data(x, torch.tensor(images.targets), images.classes)
 
@@ -474,7 +474,7 @@ def progress(items, total, text):
     start = shown = time.time()
     for i, item in enumerate(items, 1):
         yield item
-        if sys.stderr.isatty() and (time.time() > shown + 0.5 or i == total):
+        if RANK == 0 and sys.stderr.isatty() and (time.time() > shown + 0.5 or i == total):
             shown = time.time()
             left = (shown - start) / i * (total - i)
             line = f"{text}: {i:,} of {total:,}, {left:.0f} s left" if left else ""

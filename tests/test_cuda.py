@@ -31,7 +31,7 @@ def draw_shapes(split, n):
 def call(monkeypatch):
     """main() of a script in this process, on few images."""
     data = {"train": draw_shapes("train", 400), "test": draw_shapes("test", 100)}
-    monkeypatch.setattr(common, "load_data", lambda name, data_dir, split, *_: data[split])
+    monkeypatch.setitem(common.DATASETS, "shapes", lambda root, split: data[split])
 
     def call(script, *options):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
@@ -54,6 +54,7 @@ def test_trains_and_resumes_on_cuda(script, options, tmp_path, monkeypatch, call
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
     call(script, *options, "--resume")
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 2
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["done"]
 
 
 @pytest.mark.parametrize("ema", ["slot", "image"])
@@ -64,24 +65,19 @@ def test_batch_loop_does_not_synchronise(ema, monkeypatch):
     x, y = (t.to(device) for t in draw_shapes("train", 400)[:2])
     model = common.make_model("wrn-10-1", 10).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    past = torch.zeros(400 if ema == "image" else 50, 10, device=device)
-
-    def epoch(number):
-        batches = common.shuffled_batches(x, y, 50, 0, number)
+    past = torch.zeros(2, 400 if ema == "image" else 50, 10, device=device)
+    for epoch, mode in ((1, "default"), (2, "error")):  # the first compiles and allocates
+        batches = common.shuffled_batches(x, y, 50, 0, epoch)
         batches = chain([next(batches)], batches)  # the order of the epoch is sent to the device
-        return [model, optimizer, batches, past, past.clone(), args]
-
-    train_lma_at.train_epoch(*epoch(1))
-    second = epoch(2)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train_lma_at.train_epoch(*second)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train_lma_at.train_epoch(model, optimizer, batches, *past, args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
-def test_evaluates_on_cuda(tmp_path, monkeypatch, capsys, call):
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", 64)  # its main() sets it
+def test_evaluates_on_cuda(tmp_path, capsys, call):
     call(train_lma_at, *SMALL, "--val-size", 0, "--epochs", 1, "--run-dir", tmp_path)
-    call(evaluate, tmp_path / "last.pt", "--n", 20, "--attacks", "Clean", "FGSM", "PGD-20", "AA")
+    attacks = ["--attacks", "Clean", "FGSM", "PGD-20", "AA"]
+    call(evaluate, tmp_path / "last.pt", "--n", 20, *attacks, "--batch-size", 8, "--device", DEVICE)
     assert "AA" in capsys.readouterr().out

@@ -192,7 +192,7 @@ def load_data(name, data_dir, split):
     """The images of one split, "train" or "test", of the data set `name` of DATASETS."""
     try:
         return DATASETS[name](Path(data_dir), split)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
         fail(f"{name} ({split}): {error}; is --data-dir right? A damaged folder must be moved away")
 
 
@@ -402,8 +402,9 @@ def save_epoch(args, history, best, model, optimizer, past_adv, past_nat):
         best = deepcopy(state)  # a tie keeps the earlier epoch
     state |= {"optimizer": optimizer.state_dict(), "ema_adv": past_adv, "ema_nat": past_nat}
     state |= {"history": history, "best": best}
-    table = [history[0].keys(), *map(dict.values, history)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in table)
+    text = "".join(
+        ",".join(map(str, line)) + "\n" for line in [history[0].keys(), *map(dict.values, history)]
+    )
     save(lambda part: part.write_text(text), folder / "metrics.csv")
     save(partial(torch.save, state), folder / "last.pt")
     return best

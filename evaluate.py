@@ -382,7 +382,7 @@ def autoattack(model, x, y, epsilon=8 / 255, seed=0, batch_size=64):
     x_adv = x.clone()
     with common.frozen(model):
         if not gradient(model, x[:batch_size], cross_entropy, y[:batch_size])[2].any():
-            warnings.warn("the gradient is zero: of AutoAttack SQUARE alone works", stacklevel=2)
+            warnings.warn("the gradient is zero: of AutoAttack SQUARE alone works", stacklevel=3)
         for rows in torch.arange(len(x), device=x.device).split(batch_size):
             for name in AA:
                 rows = rows[logits_of(model, x_adv[rows]).argmax(1) == y[rows]]
@@ -538,6 +538,7 @@ class Evaluation:
         key = zlib.crc32(json.dumps(self.settings).encode())
         self.out = self.path.with_suffix(f".{key:08x}.eval.json")
         self.prediction = {name: torch.full_like(self.label, -1) for name in ATTACKS}
+        self.save()  # takes in what is known; an unwritable folder is found now
 
     def save(self):
         """Write the file, after taking in what another evaluation has written there meanwhile."""
@@ -735,10 +736,8 @@ def main():
     args = parse_args()
     device = common.setup(args.device)
     torch.backends.cudnn.allow_tf32 = False  # TF32's rounding would depend on the other images
-    evaluations = []
-    for path in args.checkpoints:
-        e = Evaluation(path, args, device)
-        evaluations.append(e)
+    evaluations = [Evaluation(path, args, device) for path in args.checkpoints]
+    for e in evaluations:
         print(f"{e.path}: {e.name}, {len(e.label)} images of {e.training['dataset']}; see {e.out}")
     if args.figure1:
         natural = load_network(*read_checkpoint(args.figure1, args), evaluations[0].classes)

@@ -76,6 +76,7 @@ DIFFERENCES = (  # "a minus b"
     ("at_ours", "at_ours --attack-loss ce"),
     ("lma_at --beta 0", VANILLA),
     ("lma_at --beta 8.6", VANILLA),
+    ("trades_ours --beta 0", TRADES),
     ("trades_ours --beta 8.6", TRADES),
     ("lma_at --beta 8.6", "lma_at"),
     ("lma_at --beta 1.34", "lma_at --beta 0"),
@@ -85,9 +86,12 @@ DIFFERENCES = (  # "a minus b"
     ("lma_at --margin-weight 0 --beta 8.6", "lma_at --beta 8.6"),
 )
 SUMMARY = (
-    *(VANILLA, TRADES, MART),
-    *("at_ours --beta 8.6", "trades_ours --beta 8.6", "mart_ours --beta 8.6"),
-    *("lma_at", "lma_at --beta 8.6", "lma_at --margin-weight 0 --beta 8.6", "lma_at --tau 0.9"),
+    *(
+        cell
+        for method in ("at_ours", "trades_ours", "mart_ours")
+        for cell in CELLS[method].values()
+    ),
+    *("lma_at --beta 0", "lma_at --beta 8.6", "lma_at"),
 )
 
 

@@ -327,6 +327,7 @@ def test_refused_commands(saved, data_dir, put, tmp_path, refused, monkeypatch):
 
 def test_a_place_that_is_not_writable_is_found_before_the_attacks(finished, refused, monkeypatch):
     out = subject(finished).out
+    out.unlink()
     out.mkdir()
     monkeypatch.setitem(ATTACKS, "FGSM", lambda *_, **__: 1 / 0)
     assert out.name in refused(start, finished)

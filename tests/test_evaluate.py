@@ -497,6 +497,10 @@ def test_two_evaluations_write_one_file(scripted):
     scripted.calls.clear()
     run(one, "AA")
     assert scripted.calls == []
+    one.prediction["SPSA"][:2], two.prediction["SPSA"][1:3] = 0, 1  # parts of one attack
+    one.save()
+    two.save()
+    assert predicted(one.out)["SPSA"][:4] == [0, 1, 1, -1]
 
 
 def test_what_is_complete_and_what_is_to_do(evaluation):

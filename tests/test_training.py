@@ -335,19 +335,20 @@ def by_hand(script, args, images, world=1):
         parts = [common.shuffled_batches(x, y, *drawn) for _ in range(world)]
         rows = []
         for _ in range(len(x) // args.batch_size):
-            replicas, seen = [], []
+            replicas, seen, states = [], [], set()
             for rank in reversed(range(world)):  # process 0 last: its random numbers go on
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(common, "RANK", rank)
                     patch.setattr(common, "WORLD", world)
                     batch = next(parts[rank])
                 seen += batch[2].tolist()
+                states.add(torch.get_rng_state().numpy().tobytes())
                 replica = deepcopy(model)
                 still = torch.optim.SGD(replica.parameters(), 0.0)
                 terms = script.train_epoch(replica, still, [batch], *past[:, rank], args)
                 rows.append(torch.stack([*terms.values()]))
                 replicas.append(replica)
-            assert len(set(seen)) == args.batch_size
+            assert len(set(seen)) == args.batch_size and len(states) == world
             for weight, *ours in zip(*(net.parameters() for net in (model, *replicas))):
                 weight.grad = sum(own.grad for own in ours) / world
             optimizer.step()

@@ -17,9 +17,9 @@ the validation images. Whatever was not measured is empty. Some rows are no run:
   the row and those of `minus`, where runs of the same seed were paired.
 - The paper's numbers are the rows of the setting "paper".
 
-`code` is "today" for code that trains as today's does, but for the rounding of L'. "earlier" is a code that
-folded batch norm into the convolutions, which rounds otherwise, and whose attacks searched in
-bfloat16. "larger" is a code that on a CPU trains as today's does, used on the GPU.
+`code` is "today" for code that trains as today's does, but for the rounding of L'. "earlier" is a
+code that folded batch norm into the convolutions, which rounds otherwise, and whose attacks
+searched in bfloat16. "larger" is a code that on a CPU trains as today's does, used on the GPU.
 """
 
 import csv

@@ -302,7 +302,7 @@ def hold_out(train, args, device):
     order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0))
     kept, held_out = order.tensor_split([max(0, len(order) - args.val_size)])
     if args.batch_size > len(kept) or args.batch_size % WORLD:
-        fail(f"--batch-size: at most {len(kept)} images are left, for {WORLD} equal processes")
+        fail(f"--batch-size: --val-size leaves {len(kept)} images, for {WORLD} equal processes")
     if WORLD > 1 and args.ema == "image":  # an image has one average, and any process may draw it
         fail("--ema image needs one process: leave out torchrun")
     for label in {*range(len(train.classes))} - {*train.y[kept].tolist()}:

@@ -1,8 +1,7 @@
-"""Speed as ratios in one run, and counted FLOPs. pytest does not run it; leave the machine idle.
+"""Speed as ratios in one run. pytest does not run it; leave the machine idle.
 
-    python tests/benchmark.py                 # steps of training, memory, start-up on a CPU
+    python tests/benchmark.py                 # steps of training, memory, on a CPU
     python tests/benchmark.py --device cuda   # on a GPU, with --compile too, in a few minutes
-    python tests/benchmark.py --flops         # FLOPs of the paper's rows, counted
 
 Ratios are of medians over alternating calls. "Bare passes" are the passes of an LMA-AT step and no
 more. "Published" is a step with the passes of the public MART or TRADES code: float32, NCHW, and in
@@ -12,9 +11,7 @@ one thread on a CPU (OMP_NUM_THREADS=1) the times are CPU times.
 
 import argparse
 import multiprocessing
-import subprocess
 import sys
-import tempfile
 import time
 from itertools import count, islice
 from pathlib import Path
@@ -22,7 +19,6 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -156,59 +152,15 @@ def training(device, sizes):
             torch.compiler.reset()
 
 
-def start_up(folder):
-    """Seconds from the command to the first step."""
-    start, command = time.time(), [sys.executable, ROOT / "train_lma_at.py", "--dataset", "shapes"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    next(line for line in process.stdout if "done; folder" in line)  # the first step is next
-    print(f"start to first step, train_lma_at.py --dataset shapes: {time.time() - start:.1f} s")
-    process.kill()
-    process.wait()
-
-
-def giga(call):
-    """1e9 FLOPs of a call, 2 per multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
-
-
-def flops():
-    """FLOPs of the paper's rows."""
-    methods = {"vanilla AT": (0, 1), "TRADES": (1, 2), "MART, LMA-AT and all + Ours": (0, 2)}
-    print("network, images | method | GFLOP per image: attack | training", end=" | ")
-    print("EFLOP per run | hours at 20 TFLOP/s\n---|---|---|---|---|---")
-    for arch, side, n, classes in (
-        ("resnet18", 32, 50_000, 10),
-        ("resnet18", 64, 100_000, 200),
-        ("wrn-34-10", 32, 50_000, 10),
-    ):
-        with torch.device("meta"):
-            model, x = common.make_model(arch, classes), torch.zeros(1, 3, side, side)
-        forward, both = giga(lambda: model(x)), giga(lambda: model(x).sum().backward())
-        with common.frozen(model):
-            attack = 10 * giga(lambda: model(x.requires_grad_()).sum().backward())
-        for method, (clean, passes) in methods.items():  # f(x) in the attack, passes in training
-            a, t = attack + clean * forward, passes * both
-            total = 130 * n * (a + t)
-            cells = f"{a:.1f}", f"{t:.1f}", f"{total / 1e9:.3g}", f"{total / 2e4 / 3600:.3g}"
-            print(f"{arch}, {n:,} {side}x{side}", method, *cells, sep=" | ")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     add("--device", default="cpu", choices=SIZES, help="where to measure")
     add("--sizes", nargs="+", metavar="NETWORK,BATCH", help="sizes of the steps: resnet18,100 ...")
-    add("--flops", action="store_true", help="count FLOPs and measure nothing")
     args = parser.parse_args()
-    if args.flops:
-        return flops()
     card = torch.cuda.get_device_name() if args.device == "cuda" else "no card"
     print(card, torch.backends.cpu.get_cpu_capability(), torch.__version__, torch.get_num_threads())
     training(args.device, args.sizes or SIZES[args.device])
-    with tempfile.TemporaryDirectory() as folder:
-        start_up(folder)
 
 
 if __name__ == "__main__":

@@ -483,7 +483,7 @@ def test_drawn_shapes_are_always_the_same_and_balanced(split, n, labels, images)
     """By a weighted sum: randn rounds by the processor's instructions, which changes a few pixels
     by 1; any other images change it by far more than is allowed here."""
     x, y, classes = common.load_data("shapes", "nowhere", split)
-    assert x.shape == (n, 3, 32, 32) and x.dtype == torch.uint8 and classes == list("ABCDEFGHIJ")
+    assert x.shape == (n, 3, 32, 32) and len(classes) == 10
     assert y.bincount().tolist() == 10 * [n // 10] and zlib.crc32(y.numpy()) == labels
     weights = torch.arange(x.numel()) % 251
     assert int((x.flatten() * weights).sum()) == pytest.approx(images, abs=10_000)
@@ -493,9 +493,8 @@ def test_fingerprint_tells_one_changed_pixel_label_and_shape():
     x, y = torch.randint(256, (5, 3, 8, 6), dtype=torch.uint8), torch.arange(5)
     other = x.clone()
     other[3, 1, 2, 4] ^= 1
-    different = (x, y), (x[:4], y[:4]), (other, y), (x, y.flip(0)), (x.view(5, 3, 6, 8), y)
-    prints = {common.fingerprint(*images) for images in different}
-    assert len(prints) == 5 and "8x6" in common.fingerprint(x, y)
+    different = (x, y), (other, y), (x, y.flip(0)), (x.view(5, 3, 6, 8), y)
+    assert len({common.fingerprint(*images) for images in different}) == 4
     view = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as torchvision's lie in memory
     assert common.fingerprint(view, y) == common.fingerprint(x, y)
 
@@ -608,31 +607,6 @@ OPTIONS = {"dataset": "cifar10", "arch": "resnet18", "epochs": 130, "tau": 0.2, 
 OPTIONS |= {"seed": 0, "amp": ""} | dict.fromkeys(
     "data_dir device compile run_dir resume".split(), ""
 )
-
-
-@pytest.mark.parametrize(
-    "options, name, where",
-    [
-        ("", "", "cifar10-resnet18"),
-        ("--tau=0.2 --ema=slot", "", "cifar10-resnet18"),
-        ("--tau=0", " tau=0", "cifar10-resnet18"),
-        ("--amp=True --tau=1e-3 --epochs=2", " epochs=2 tau=0.001 amp=True", "cifar10-resnet18"),
-        ("--dataset=shapes --arch=wrn-10-1 --compile=1 --resume=1", "", "shapes-wrn-10-1"),
-        ("--data_dir=x --device=cuda --ema=image", " ema=image", "cifar10-resnet18"),
-    ],
-)
-def test_a_run_is_named_after_the_options_that_differ(options, name, where, monkeypatch):
-    """Its folder too, if none is given; args.processes tells how many share a batch."""
-    parser = argparse.ArgumentParser()
-    for option, default in OPTIONS.items():
-        parser.add_argument(f"--{option}", default=default, type=type(default))
-    for world, seed, folder in ((1, 0, ""), (4, 3, ""), (1, 0, "mine")):
-        monkeypatch.setattr(common, "WORLD", world)
-        args = parser.parse_args([*options.split(), f"--seed={seed}", f"--run_dir={folder}"])
-        common.name_run(parser, args, "lma_at")
-        assert (args.name, args.processes) == (f"lma_at{name}", world)
-        expected = f"runs/{where}-lma_at{name.replace(' ', '-')}-seed{seed}"
-        assert args.run_dir == (folder or expected)
 
 
 def test_a_radius_is_a_fraction_or_decimal_below_1(refused):

@@ -123,10 +123,3 @@ def test_the_tables_are_those_of_the_csv():
     command = [sys.executable, ROOT / ".github/results.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_page_is_short():
-    """At most 300 lines, 190 of them unfolded, and no wide row of a table outside <details>."""
-    unfolded = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL).splitlines()
-    assert len(README.splitlines()) <= 300 and len(unfolded) <= 190
-    assert max(len(line) for line in unfolded if line.startswith("|")) <= 220

@@ -3,7 +3,6 @@ their loop by hand, where a run begins and goes on, what is refused, two process
 
 import csv
 import inspect
-import io
 import json
 import math
 import os
@@ -141,12 +140,6 @@ def test_a_bad_option_is_named_and_begins_no_run(script, images, tmp_path, refus
         named = "--batch-size" if "--val-size" in option else option.partition("=")[0]
         assert named in error
         assert not (tmp_path / "run").exists()
-
-
-def test_without_a_gpu_cuda_is_refused(images, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    options = f"{small(images, tmp_path / 'run')} --device cuda"
-    assert "--device" in refused(call, train_lma_at, options)
 
 
 # ------------------------------------------------------------------ a step of Algorithm 1
@@ -685,74 +678,6 @@ def test_what_is_not_finite_is_not_saved(script, images, tmp_path, refused, monk
     monkeypatch.undo()
     refused(call, script, f"{small(images, first)} --batch-size 24 --lr 1e38 --weight-decay 1e3")
     assert [path.name for path in first.iterdir()] == ["args.json"]
-
-
-def test_one_value_that_is_not_finite_stops_a_run(refused):
-    for bad in (math.nan, math.inf, -math.inf):
-        model, term = nn.BatchNorm1d(3), torch.tensor(1.0)
-        common.check_finite(model, {"BCE": term}, 4)
-        error = refused(common.check_finite, model, {"BCE": term, "KL": term * bad}, 4)
-        assert "KL" in error and "4" in error
-        for name in ("weight", "running_var"):
-            spoilt = deepcopy(model)
-            spoilt.state_dict()[name][1] = bad
-            assert name in refused(common.check_finite, spoilt, {"BCE": term}, 4)
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
-    def half(part):
-        part.write_text("half")
-        raise KeyboardInterrupt
-
-    common.save(lambda part: part.write_text("old"), tmp_path / "file")
-    with pytest.raises(KeyboardInterrupt):
-        common.save(half, tmp_path / "file")
-    assert contents(tmp_path) == {tmp_path / "file": b"old"}
-
-
-def raises(error):
-    def main():
-        raise error
-
-    return main
-
-
-def test_what_the_user_can_mend_ends_in_a_status(refused):
-    """Also without memory: a GPU's, Python's and numpy's. Our own faults keep their traceback."""
-    for main, status, words in (
-        (raises(KeyboardInterrupt()), 130, "again"),
-        (raises(torch.OutOfMemoryError("CUDA")), 2, "--batch-size"),
-        (lambda: bytearray(2**62), 2, "--batch-size"),
-        (lambda: np.empty(2**50), 2, "--batch-size"),
-        (lambda: open("/nowhere/file", "w"), 2, "/nowhere/file"),
-        (lambda: common.make_model("vgg", 10), 2, "--arch"),
-    ):
-        assert words in refused(common.run, main, "again", status=status)
-    for error in (RuntimeError, ValueError):
-        with pytest.raises(error):
-            common.run(raises(error()), "again")
-
-
-def test_progress_is_for_a_terminal(monkeypatch):
-    """One line that is written anew, with the time left of the epoch, and cleared in the end."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return self.terminal
-
-    for Terminal.terminal in (True, False):
-        now = [0.0]
-        monkeypatch.setattr(sys, "stderr", Terminal())
-        monkeypatch.setattr(time, "time", lambda: now[0])
-        for i in common.progress(range(20), 20, "epoch 1/3"):
-            now[0] += 1
-            assert i == now[0] - 1
-        shown = sys.stderr.getvalue().split("\r\033[K")
-        assert len(shown) == (21 if Terminal.terminal else 1) and shown[-1] == ""
-        if Terminal.terminal:
-            assert all("epoch 1/3" in line for line in shown[1:-1])
-            for i in (5, 12):
-                assert re.search(rf"\b0?{20 - i}\b", shown[i])
 
 
 # ---------------------------------------------------------------------------------- two processes

@@ -792,6 +792,6 @@ def test_two_processes_refuse_and_end_together(two_processes, images, refused):
     assert seen_0["status"] == seen_1["status"] == status
     assert seen_0["files"] == {"train": [], "test": ["loaded train"]}
     assert seen_1["files"] == dict.fromkeys(("train", "test"), ["loaded test", "loaded train"])
-    assert code_0 != 0 and code_1 == 2 and out_1 == ""
+    assert code_0 != 0 and code_1 != 0 and out_1 == ""
     options = f"{small(images, folder / 'lma_at')} {shlex.join(TWO)} --resume"
     assert "args.json" in refused(call, train_lma_at, options)  # one process is another run

@@ -27,6 +27,7 @@ import reference
 import torch
 import torch.nn as nn
 from PIL import Image
+from torch import library
 
 import common
 import train_at_ours
@@ -264,8 +265,8 @@ def test_the_batch_loop_never_waits_for_the_device(script, monkeypatch):
     """On the meta device .item(), a choice by value and a stray tensor of the CPU raise."""
     name, kernel = "multi_margin_loss_backward", lambda slope, logits, *_: torch.empty_like(logits)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.enable_grad())  # meta has none
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl(name, kernel, "Meta")  # torch has none
+    with library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl(name, kernel, "Meta")  # torch has none
         for options in ("", "--attack-loss ce --ema image", *OWN.get(script, [])[:1]):
             terms = script.train_epoch(*epoch_of_train_epoch(script, options, "meta"))
             assert {(term.device.type, term.shape) for term in terms.values()} == {("meta", ())}

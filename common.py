@@ -264,7 +264,7 @@ def read_images(samples, classes):
 
 
 def drawn_shapes(root, split):
-    """Ten classes, each with a robust feature, a shape, and another, a tile of +-2/255 all over."""
+    """Ten classes. A shape of high contrast is a robust feature, a tile of +-2/255 is not one."""
     n, seed = (5000, 1) if split == "train" else (1000, 2)
     same, g = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     left = torch.randint(2, (10, 1, 6, 3), generator=same)
@@ -403,7 +403,7 @@ def save_epoch(args, history, best, model, optimizer, past_adv, past_nat):
     state |= {"optimizer": optimizer.state_dict(), "ema_adv": past_adv, "ema_nat": past_nat}
     state |= {"history": history, "best": best}
     text = "".join(
-        ",".join(map(str, line)) + "\n" for line in [history[0].keys(), *map(dict.values, history)]
+        ",".join(map(str, line)) + "\n" for line in [[*history[0]], *map(dict.values, history)]
     )
     save(lambda part: part.write_text(text), folder / "metrics.csv")
     save(partial(torch.save, state), folder / "last.pt")
@@ -424,7 +424,7 @@ def finish_run(model, best, test, args, device):
     model.load_state_dict(best["model"])
     x, y = test.x.to(device), test.y.to(device)
     torch.manual_seed(args.seed)
-    clean, robust = accuracy(model, x, y, epsilon, 1 / 255, 20, args.batch_size, args.amp)
+    clean, robust = accuracy(model, x, y, epsilon, 1 / 255, 20, args.batch_size // WORLD, args.amp)
     result = f"test accuracy {clean:.2f} % clean, {robust:.2f} % PGD-20 (its last iterate)"
     print(f"best.pt: epoch {best['epoch']}, {result}, epsilon {255 * epsilon:g}/255")
     step = ceil(len(x) / 10)  # ten images spread over a set that is sorted by class
@@ -436,7 +436,7 @@ def finish_run(model, best, test, args, device):
     print(f"{folder}/examples.png shows images, x', difference; next: python evaluate.py {folder}")
 
 
-# --------------------------------------------------------- arguments, messages, processes
+# ------------------------------------------------------------------ arguments, messages, processes
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """For --help: the script's docstring as it is, and all defaults."""
 

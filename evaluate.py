@@ -467,7 +467,7 @@ def read_checkpoint(path, args):
 def foreign(file, saved, args):
     """(weights, training) of a state_dict, alone or as "state_dict", "model" or "net" of a file."""
     if None in (args.dataset, args.arch):
-        fail(f"{file} was not trained by this code; say by --dataset and --arch what it is")
+        fail(f"{file} is not of this version of the code; say by --dataset and --arch what it is")
     training = vars(args) | {"path": file, "name": str(file)}
     classes = saved.get("classes", saved.get("class_to_idx"))
     if isinstance(classes, dict):

@@ -148,8 +148,8 @@ def train_epoch(model, optimizer, batches, past_adv, past_nat, args):
 def learning_rate(epoch, epochs, lr):
     """A tenth from the 75th of 130 epochs on, a hundredth from the 90th (section 5.1).
 
-    open: the paper gives no factor for the second drop; ten, as for the first. Other
-    --epochs drop the rate after the same fractions of them.
+    open: the paper gives no factor for the second drop; ten, as for the first. With
+    other --epochs the rate drops after the same fractions of them.
     """
     done = (epoch - 1) / epochs
     if done >= 89 / 130:
